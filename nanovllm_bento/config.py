@@ -67,7 +67,7 @@ class EngineConfig(_Settings):
     """Longest prompt plus output; None takes the model's own limit (less if the KV cache holds less)."""
     max_num_seqs: int = Field(256, ge=1)
     """Sequences that run at the same time, at most."""
-    max_num_batched_tokens: int = Field(4096, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=1)
     """Tokens in one step, at most."""
     schedule_mode: Literal["two_phase", "mixed"] = "two_phase"
     """two_phase: a step is all prefill or all decode; mixed: decode first, the rest of the budget is prefill."""
@@ -82,7 +82,7 @@ class EngineConfig(_Settings):
     kv_cache_dtype: Literal["auto"] = "auto"
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_memory_bytes: int | None = Field(None, ge=1)
-    """Bytes of KV cache; None: from gpu_memory_utilization on a GPU, a quarter of free memory (4 GiB at most) on a CPU."""
+    """Bytes of KV cache; None: from gpu_memory_utilization, on a CPU a quarter of free memory, 4 GiB at most."""
     num_gpu_blocks_override: int | None = Field(None, ge=1)
     """Number of KV blocks, instead of one computed from memory (tests)."""
 
@@ -122,8 +122,8 @@ class ServiceConfig(_Settings):
     engine_start_timeout: float = Field(600.0, gt=0)
     """Seconds an engine may take to get ready."""
     engine_heartbeat_interval: float = Field(1.0, gt=0)
-    engine_heartbeat_timeout: float = Field(30.0, gt=0)
-    """Seconds without any message of the engine after which it counts as hung."""
+    engine_heartbeat_timeout: float = Field(120.0, gt=0)
+    """Seconds without any message of the engine after which it counts as hung; longer than its longest step."""
     engine_max_restarts: int = Field(3, ge=0)
     """Restarts after faults within ten minutes, at most; then the service stays not ready."""
     max_waiting_requests: int = Field(2048, ge=1)

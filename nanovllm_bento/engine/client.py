@@ -1,4 +1,4 @@
-"""How callers reach an engine from asyncio: the EngineClient protocol. serving depends on this, not on how it is done."""
+"""How callers reach an engine from asyncio: the EngineClient protocol. serving depends on this alone."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol

@@ -13,14 +13,20 @@ from nanovllm_bento.sampling_params import SamplingParams
 
 
 class Hello(msgspec.Struct, tag="hello", array_like=True):
-    """worker → engine: announce this client; the engine answers with Ready (at once, or when it is)."""
+    """worker → engine: announce this client and its process; the engine answers with Ready, at once or when it is.
+
+    The engine ends the client's requests when that process ends.
+    """
+
+    pid: int
 
 
 class Add(msgspec.Struct, tag="add", array_like=True):
     """worker → engine: run a request. ``output_token_ids`` are tokens it already has (after a restart).
 
     sampling: resolved (seed and max_tokens are set). cache_salt: prefix-cache blocks are shared within one salt only.
-    priority: lower runs earlier. deadline: time.time() after which it is ended, or None.
+    priority: lower runs earlier. task: only "generate" so far. deadline: None so far. An engine that cannot do what is
+    asked answers with an item whose finish_reason is "error".
     """
 
     request_id: str
@@ -48,6 +54,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_blocks: int
     eos_token_ids: list[int]
     max_num_seqs: int
+    scheduling_policy: str
     dtype: str
     device: str
     startup_seconds: dict[str, float]
@@ -59,9 +66,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):
-    """engine → worker: the engine serves."""
+    """engine → worker: the engine serves; its process is ``pid``."""
 
     epoch: int
+    pid: int
     info: EngineInfo
 
 
@@ -107,6 +115,17 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", array_like=True):
 
     epoch: int
     stats: EngineStats
+
+
+class EngineArgs(msgspec.Struct):
+    """What the engine's process is told on its standard input (JSON). config: keywords of EngineConfig."""
+
+    config: dict[str, object]
+    folder: str
+    epoch: int
+    owner_pid: int
+    hash_seed: int
+    heartbeat_interval: float
 
 
 ToEngine = Hello | Add | Abort

@@ -29,7 +29,8 @@ def resolve_request(
     if low < 0 or high >= info.vocab_size:
         bad = low if low < 0 else high
         raise TokenOutOfVocabularyError(
-            f"The prompt holds token id {bad}, which is not in the vocabulary (0 to {info.vocab_size - 1}).", param=param
+            f"The prompt holds token id {bad}, which is not in the vocabulary (0 to {info.vocab_size - 1}).",
+            param=param,
         )
     sampling.check_vocabulary(info.vocab_size)
     room = info.max_model_len - num_prompt

@@ -1,0 +1,189 @@
+"""The engine's heart: takes requests as token ids, runs the step loop, gives tokens back. Knows no process, no text.
+
+One step is in flight while the next is prepared: ``step`` schedules and launches batch N + 1, then waits for the tokens
+of batch N. The same code runs on a GPU, which answers later, and on a CPU, which has answered when launch returns.
+"""
+
+import time
+from collections import Counter
+from typing import Protocol, Self
+
+from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.engine.block_manager import BlockManager
+from nanovllm_bento.engine.messages import Add, EngineInfo, EngineStats, OutputItem, pack_tokens, unpack_tokens
+from nanovllm_bento.engine.model_runner import ModelRunner
+from nanovllm_bento.engine.request import resolve_request
+from nanovllm_bento.engine.scheduler import Batch, Scheduler
+from nanovllm_bento.engine.sequence import Sequence
+from nanovllm_bento.errors import ConfigError, InvalidRequestError
+from nanovllm_bento.hub import eos_token_ids, load_config_dict, resolve_model
+from nanovllm_bento.models.config import ModelConfig
+from nanovllm_bento.sampling_params import SamplingParams
+
+
+class InFlight(Protocol):
+    """A launched step, whose tokens come later."""
+
+    batch: Batch
+
+    def wait(self) -> list[int]: ...
+
+
+class Runner(Protocol):
+    """What the core needs of a model runner (tests bring their own)."""
+
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    device: str
+
+    def launch(self, batch: Batch) -> InFlight: ...
+
+
+class EngineCore:
+    """Schedules requests onto a runner. ``hash_seed`` keys the prefix cache (None: random)."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        *,
+        eos_token_ids: list[int],
+        hash_seed: int | None = None,
+        startup_seconds: dict[str, float] | None = None,
+    ) -> None:
+        self.config, self.runner = config, runner
+        self.block_manager = BlockManager(
+            runner.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            hash_seed=hash_seed,
+        )
+        self.scheduler = Scheduler(config, self.block_manager)
+        self.in_flight: InFlight | None = None
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.totals: Counter[str] = Counter()
+        self.info = EngineInfo(
+            max_model_len=runner.max_model_len,
+            vocab_size=runner.vocab_size,
+            block_size=config.block_size,
+            num_blocks=runner.num_blocks,
+            eos_token_ids=eos_token_ids,
+            max_num_seqs=config.max_num_seqs,
+            scheduling_policy=config.scheduling_policy,
+            dtype=runner.dtype,
+            device=runner.device,
+            startup_seconds={} if startup_seconds is None else startup_seconds,
+        )
+        if config.max_model_len is not None and config.max_model_len > self.info.num_cache_tokens:
+            raise ConfigError(
+                f"max_model_len={config.max_model_len} does not fit the KV cache of {self.info.num_cache_tokens} "
+                "tokens. Lower it or give the cache more memory (kv_cache_memory_bytes, gpu_memory_utilization)."
+            )
+
+    @classmethod
+    def from_model(cls, config: EngineConfig, *, hash_seed: int | None = None) -> Self:
+        """Load config.model and be ready to run. Raises ModelError or ConfigError."""
+        started = time.perf_counter()
+        files = resolve_model(config.model, config.revision)
+        model_config = ModelConfig.from_dict(load_config_dict(files))
+        eos = eos_token_ids(files)
+        seconds = {"resolve_model": time.perf_counter() - started}
+        runner = ModelRunner(config, model_config, files)
+        seconds |= runner.startup_seconds
+        core = cls(config, runner, eos_token_ids=eos, hash_seed=hash_seed, startup_seconds=seconds)
+        started = time.perf_counter()
+        core._warm_up()
+        seconds["warm_up"] = time.perf_counter() - started
+        return core
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return bool(self.scheduler.sequences) or self.in_flight is not None
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_requests_running=self.scheduler.num_running,
+            num_requests_waiting=self.scheduler.num_waiting,
+            num_blocks_used=self.block_manager.num_used_blocks,
+            num_blocks=self.info.num_blocks,
+            num_preemptions=self.scheduler.num_preemptions,
+            prefix_cache_queries=self.block_manager.num_queried_tokens,
+            prefix_cache_hits=self.block_manager.num_hit_tokens,
+            prompt_tokens=self.totals["prompt_tokens"],
+            generation_tokens=self.totals["generation_tokens"],
+        )
+
+    def add(self, request: Add, client_id: bytes = b"") -> Sequence:
+        """Queue a request. Raises InvalidRequestError, with nothing changed, if it cannot be served as asked."""
+        prompt = unpack_tokens(request.prompt_token_ids)
+        outputs = unpack_tokens(request.output_token_ids)
+        sampling = resolve_request(prompt, request.sampling, self.info)
+        if request.request_id in self.scheduler.sequences:
+            raise InvalidRequestError(f"A request {request.request_id!r} is running already.", param="request_id")
+        if request.task != "generate" or request.deadline is not None or sampling.n != 1:
+            raise InvalidRequestError("The engine takes only task='generate', n=1 and no deadline so far.")
+        if request.priority != 0 and self.config.scheduling_policy != "priority":
+            raise InvalidRequestError(
+                "priority needs an engine with scheduling_policy='priority'; this one is first come, first served.",
+                param="priority",
+            )
+        assert sampling.max_tokens is not None
+        if len(outputs) >= sampling.max_tokens:
+            raise InvalidRequestError(f"The request has all its {sampling.max_tokens} output tokens already.")
+        seq = Sequence(
+            request_id=request.request_id,
+            token_ids=prompt + outputs,
+            num_prompt_tokens=len(prompt),
+            sampling=sampling,
+            eos_token_ids=self.eos_token_ids,
+            client_id=client_id,
+            cache_salt=request.cache_salt,
+            priority=request.priority,
+        )
+        self.scheduler.add(seq)
+        self.totals["prompt_tokens"] += len(prompt)
+        return seq
+
+    def abort(self, request_id: str) -> None:
+        """End a request; nothing more is returned of it. Unknown (ended) ones are ignored."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> list[tuple[Sequence, OutputItem]]:
+        """Launch the next step, then collect the one before it. Returns what became known, maybe nothing."""
+        batch = self.scheduler.schedule()
+        launched = self.runner.launch(batch) if batch is not None else None
+        collected, self.in_flight = self.in_flight, launched
+        if collected is None:
+            return []
+        outputs = []
+        for seq, token in self.scheduler.commit(collected.batch, collected.wait()):
+            if token < 0:
+                item = OutputItem(seq.request_id, [], "error", error="The model's logits were not numbers (NaN).")
+            else:
+                item = OutputItem(seq.request_id, [token], seq.finish_reason, seq.stop_reason, seq.num_cached_tokens)
+            outputs.append((seq, item))
+        self.totals["generation_tokens"] += len(outputs)
+        return outputs
+
+    def check(self) -> None:
+        """Raise AssertionError unless every invariant of the block manager holds (tests call it after each step)."""
+        self.block_manager.check(self.scheduler.holders())
+        assert self.scheduler.num_running + len(self.scheduler.ended) <= self.config.max_num_seqs
+        assert len(self.scheduler.free_slots) + self.scheduler.num_running + len(self.scheduler.ended) == (
+            self.config.max_num_seqs
+        )
+
+    def _warm_up(self) -> None:
+        """Run one short request, so that the first real one does not pay for set-up. The cache keeps no trace."""
+        if self.info.max_model_len < 2 or self.info.num_cache_tokens < 2:
+            return
+        enabled, self.block_manager.enable_prefix_caching = self.block_manager.enable_prefix_caching, False
+        self.add(Add("warm-up", pack_tokens([0]), SamplingParams(max_tokens=2, ignore_eos=True, seed=0)))
+        while self.has_work:
+            self.step()
+        self.block_manager.enable_prefix_caching = enabled
+        self.totals.clear()

@@ -1,0 +1,366 @@
+"""The EngineClient of an API worker: keeps one engine process alive together with the other workers, and talks to it.
+
+Whoever holds the lock file supervises: starts the engine, or adopts the one that a worker before it started, watches
+it and restarts it. Every worker keeps its open requests' prompts, parameters and tokens; after a restart it adds them
+again and the streams go on. The engine is tied to the service's main process (``owner_pid``), not to a worker.
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from nanovllm_bento.config import EngineConfig, ServiceConfig
+from nanovllm_bento.engine.messages import (
+    Abort,
+    Add,
+    EngineArgs,
+    EngineInfo,
+    EngineStats,
+    Heartbeat,
+    Hello,
+    OutputItem,
+    Ready,
+    StepOutput,
+    ToEngine,
+    encoder,
+    pack_tokens,
+    to_worker_decoder,
+)
+from nanovllm_bento.engine.processes import ipc_folder, open_pidfd, start_time
+from nanovllm_bento.errors import EngineDeadError, EngineError, EngineNotReadyError, InvalidRequestError
+from nanovllm_bento.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_HELLO_INTERVAL = 0.5  # seconds between greetings to an engine that has not answered
+_RESTART_WINDOW = 600.0  # seconds over which engine_max_restarts counts
+_LOCK_INTERVAL = 0.5  # seconds between tries to become the supervisor
+
+
+@dataclass(slots=True)
+class _OpenRequest:
+    add: Add
+    items: asyncio.Queue[OutputItem | Exception] = field(default_factory=asyncio.Queue)
+    token_ids: list[int] = field(default_factory=list)
+
+
+class ProcessEngineClient:
+    """Implements engine.client.EngineClient. ``owner_pid``: the process whose end ends the engine (default: this)."""
+
+    def __init__(
+        self, engine_config: EngineConfig, service_config: ServiceConfig, *, owner_pid: int | None = None
+    ) -> None:
+        self.engine_config, self.service_config = engine_config, service_config
+        self.owner_pid = os.getpid() if owner_pid is None else owner_pid
+        self.failure: str | None = None  # why no engine will come, once that is certain
+        self._folder = Path()
+        self._client_id = uuid.uuid4().bytes
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._requests: dict[str, _OpenRequest] = {}
+        self._info: EngineInfo | None = None
+        self._stats = EngineStats()
+        self._epoch = -1
+        self._engine_pid = 0
+        self._last_heard = 0.0
+        self._ready = asyncio.Event()
+        self._gone = asyncio.Event()  # the engine this client is connected to has ended
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+
+    # -- EngineClient -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set()
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineNotReadyError(self.failure or "The engine is starting.")
+        return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    async def start(self) -> None:
+        self._folder = ipc_folder(self.owner_pid, self.service_config.ipc_dir)
+        self._context = zmq.Context()
+        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._stay_connected())]
+
+    async def wait_ready(self) -> None:
+        """Return once the engine serves. Raises EngineDeadError if it cannot start."""
+        while not self.is_ready:
+            if self.failure is not None:
+                raise EngineDeadError(self.failure)
+            await asyncio.wait([asyncio.create_task(self._ready.wait())], timeout=0.1)
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._requests:
+            self._send(Abort(list(self._requests)))
+        for request in self._requests.values():
+            request.items.put_nowait(EngineDeadError("The service is shutting down."))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._disconnect(linger=500)
+        if self._context is not None:
+            self._context.term()
+        if self.owner_pid == os.getpid() and self._engine_pid:
+            await _terminate(self._engine_pid)
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> AsyncIterator[OutputItem]:
+        if not self.is_ready:
+            raise EngineNotReadyError(self.failure or "The engine is starting or being restarted.")
+        if request_id in self._requests:
+            raise InvalidRequestError(f"A request {request_id!r} is running already.", param="request_id")
+        add = Add(
+            request_id,
+            pack_tokens(list(prompt_token_ids)),
+            sampling,
+            cache_salt=cache_salt,
+            priority=priority,
+        )
+        request = self._requests[request_id] = _OpenRequest(add)
+        self._send(add)
+        finished = False
+        try:
+            while not finished:
+                item = await request.items.get()
+                if isinstance(item, Exception):
+                    finished = True
+                    raise item
+                finished = item.finish_reason is not None
+                if item.finish_reason == "error":
+                    raise EngineError(item.error or "The engine could not finish the request.")
+                yield item
+        finally:
+            self._requests.pop(request_id, None)
+            if not finished and self.is_ready:
+                self._send(Abort([request_id]))
+
+    # -- connection ---------------------------------------------------------------------------------------------------
+
+    async def _stay_connected(self) -> None:
+        """Connect, greet until answered, watch the engine live, and begin again when it ended."""
+        while True:
+            self._connect()
+            while not self._ready.is_set():
+                self._send(Hello(os.getpid()))
+                try:
+                    await asyncio.wait_for(self._ready.wait(), _HELLO_INTERVAL)
+                except TimeoutError:
+                    continue
+            await self._gone.wait()
+            self._ready.clear()
+            self._gone.clear()
+            self._disconnect(linger=0)  # drops what the dead engine did not read; it is added again when one answers
+
+    def _connect(self) -> None:
+        assert self._context is not None
+        self._socket = socket = self._context.socket(zmq.DEALER)
+        socket.identity = self._client_id
+        socket.set_hwm(0)
+        socket.connect(f"ipc://{self._folder}/engine.sock")
+        asyncio.get_running_loop().add_reader(socket.fileno(), self._receive)
+
+    def _disconnect(self, *, linger: int) -> None:
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
+            self._socket.close(linger)
+            self._socket = None
+
+    def _send(self, message: ToEngine) -> None:
+        if self._socket is not None:
+            self._socket.send(encoder.encode(message), zmq.NOBLOCK)
+            # The descriptor tells of changes only, and sending may have swallowed one.
+            asyncio.get_running_loop().call_soon(self._receive)
+
+    def _receive(self) -> None:
+        while self._socket is not None:
+            try:
+                payload = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            message = to_worker_decoder.decode(payload)
+            if message.epoch < self._epoch:
+                continue
+            self._last_heard = time.monotonic()
+            if isinstance(message, StepOutput):
+                for item in message.items:
+                    request = self._requests.get(item.request_id)
+                    if request is not None:
+                        request.token_ids += item.new_token_ids
+                        request.items.put_nowait(item)
+            elif isinstance(message, Heartbeat):
+                self._stats = message.stats
+            elif isinstance(message, Ready):
+                self._on_ready(message)
+
+    def _on_ready(self, message: Ready) -> None:
+        if self._ready.is_set():
+            return
+        pidfd = open_pidfd(message.pid)
+        if pidfd is None:
+            return  # it ended just now; the next one will answer
+        loop = asyncio.get_running_loop()
+
+        def on_end() -> None:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            self._gone.set()
+
+        loop.add_reader(pidfd, on_end)
+        resumed = message.epoch > self._epoch >= 0
+        self._epoch, self._engine_pid, self._info = message.epoch, message.pid, message.info
+        self._ready.set()
+        if resumed:
+            for request in self._requests.values():
+                self._send(msgspec.structs.replace(request.add, output_token_ids=pack_tokens(request.token_ids)))
+            logger.warning("engine restarted; %d open requests go on", len(self._requests))
+
+    # -- supervision --------------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        lock = os.open(self._folder / "engine.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(_LOCK_INTERVAL)
+            await self._keep_alive()
+            await asyncio.Event().wait()  # it cannot start: keep the lock, or the next worker would try again
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:
+            logger.exception("supervision of the engine failed")
+            self._fail(f"Supervision of the engine failed: {e}")
+        finally:
+            os.close(lock)
+
+    async def _keep_alive(self) -> None:
+        starts: deque[float] = deque()
+        while True:
+            process = None
+            pid = self._running_engine()
+            if pid is None:
+                starts.append(time.monotonic())
+                while starts[0] < starts[-1] - _RESTART_WINDOW:
+                    starts.popleft()
+                if len(starts) > 1 + self.service_config.engine_max_restarts:
+                    return self._fail(f"The engine ended {len(starts) - 1} times in {_RESTART_WINDOW:.0f} seconds.")
+                process = self._spawn()
+                pid = process.pid
+            self._engine_pid = pid
+            await self._watch(pid)
+            code = process.wait() if process is not None else None
+            if code == 2:
+                error = self._folder / "engine.error"
+                return self._fail(error.read_text() if error.exists() else "The engine cannot start as configured.")
+            logger.error("the engine (pid %d) ended%s", pid, "" if code is None else f" with code {code}")
+
+    async def _watch(self, pid: int) -> None:
+        """Return when the engine has ended; kill it if it is silent for too long."""
+        pidfd = open_pidfd(pid)
+        if pidfd is None:
+            return
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(pidfd, ended.set)
+        started = self._last_heard = time.monotonic()
+        try:
+            while not ended.is_set():
+                try:
+                    await asyncio.wait_for(ended.wait(), self.service_config.engine_heartbeat_interval)
+                except TimeoutError:
+                    now = time.monotonic()
+                    late_start = not self.is_ready and now - started > self.service_config.engine_start_timeout
+                    silent = self.is_ready and now - self._last_heard > self.service_config.engine_heartbeat_timeout
+                    if late_start or silent:
+                        logger.error("the engine (pid %d) %s; killing it", pid, "hangs" if silent else "does not start")
+                        os.kill(pid, signal.SIGKILL)
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+
+    def _running_engine(self) -> int | None:
+        """The pid of an engine that another worker started and that still lives."""
+        try:
+            pid, started = map(int, (self._folder / "engine.pid").read_text().split())
+        except (OSError, ValueError):
+            return None
+        return pid if start_time(pid) == started else None
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        epoch_file, seed_file = self._folder / "epoch", self._folder / "hash_seed"
+        epoch = int(epoch_file.read_text()) + 1 if epoch_file.exists() else 0
+        epoch_file.write_text(str(epoch))
+        if not seed_file.exists():
+            seed_file.write_text(str(secrets.randbits(64)))
+        args = EngineArgs(
+            config=self.engine_config.model_dump(),
+            folder=str(self._folder),
+            epoch=epoch,
+            owner_pid=self.owner_pid,
+            hash_seed=int(seed_file.read_text()),
+            heartbeat_interval=self.service_config.engine_heartbeat_interval,
+        )
+        # A session of its own: Ctrl-C at the terminal is for the service.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nanovllm_bento.engine.worker"], stdin=subprocess.PIPE, start_new_session=True
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(args))
+        process.stdin.close()
+        (self._folder / "engine.pid").write_text(f"{process.pid} {start_time(process.pid)}")
+        return process
+
+    def _fail(self, why: str) -> None:
+        """No engine will come: end what is open and stay not ready."""
+        self.failure = why
+        logger.error("%s", why)
+        for request in self._requests.values():
+            request.items.put_nowait(EngineDeadError(why))
+
+
+async def _terminate(pid: int, grace: float = 5.0) -> None:
+    """SIGTERM, then SIGKILL after ``grace`` seconds; returns when the process is gone."""
+    pidfd = open_pidfd(pid)
+    if pidfd is None:
+        return
+    try:
+        for signum, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, grace)):
+            os.kill(pid, signum)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                if start_time(pid) is None:
+                    return
+                await asyncio.sleep(0.02)
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,54 @@
+"""Small facts about processes: who is alive, and a folder for sockets that belongs to exactly one service."""
+
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from nanovllm_bento.errors import ConfigError
+
+_MAX_SOCKET_PATH = 100  # bytes; sun_path holds 108 with its end
+
+
+def start_time(pid: int) -> int | None:
+    """The process's start in clock ticks since boot, which tells it from a later one of the same pid; None if gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])  # state is field 3 of proc(5)'s list, starttime field 22
+
+
+def open_pidfd(pid: int) -> int | None:
+    """A file descriptor that turns readable when the process ends; None if it is gone already."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def ipc_folder(owner_pid: int, configured: str | None = None) -> Path:
+    """The folder (mode 0700) for the sockets of the service whose main process is ``owner_pid``; made if missing.
+
+    Named after that process and its start, so that two services never meet. Folders of services that are gone are
+    removed on the way. Raises ConfigError if it is somebody else's or too long a path for a socket.
+    """
+    if configured is not None:
+        folder = Path(configured)
+    else:
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        base = Path(runtime if runtime and os.access(runtime, os.W_OK) else tempfile.gettempdir())
+        prefix = f"nanovllm-{os.getuid()}-"
+        for old in base.glob(f"{prefix}*"):
+            pid, _, started = old.name.removeprefix(prefix).partition("-")
+            if pid.isdecimal() and str(start_time(int(pid))) != started:
+                shutil.rmtree(old, ignore_errors=True)
+        folder = base / f"{prefix}{owner_pid}-{start_time(owner_pid)}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(f"ipc_dir {folder} must be a folder of this user with mode 0700.")
+    if len(os.fsencode(folder / "engine.sock")) > _MAX_SOCKET_PATH:
+        raise ConfigError(f"ipc_dir {folder} is too long a path for a socket. Set NANOVLLM_IPC_DIR to a shorter one.")
+    return folder

@@ -1,0 +1,175 @@
+"""The engine's own process: an EngineCore behind a ZeroMQ socket. Started by process_client, as ``python -m`` this.
+
+It serves every API worker of one service and outlives each of them: it ends when the service's main process ends, or on
+SIGTERM once nothing is running. A client whose process ends has its requests aborted.
+"""
+
+import logging
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+import zmq
+
+from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.engine.core import EngineCore
+from nanovllm_bento.engine.messages import (
+    Abort,
+    Add,
+    EngineArgs,
+    Heartbeat,
+    Hello,
+    OutputItem,
+    Ready,
+    StepOutput,
+    ToWorker,
+    encoder,
+    to_engine_decoder,
+)
+from nanovllm_bento.engine.processes import open_pidfd, start_time
+from nanovllm_bento.engine.sequence import Sequence
+from nanovllm_bento.errors import InvalidRequestError, NanoVLLMError
+
+logger = logging.getLogger(__name__)
+
+
+class EngineServer:
+    """Moves messages between the socket and the core, one pass of ``run_once`` per step."""
+
+    def __init__(self, core: EngineCore, socket: zmq.Socket[bytes], epoch: int, heartbeat_interval: float) -> None:
+        self.core, self.socket, self.epoch = core, socket, epoch
+        self.heartbeat_interval = heartbeat_interval
+        self.next_heartbeat = 0.0
+        self.poller = zmq.Poller()
+        self.poller.register(socket, zmq.POLLIN)
+        self.clients: dict[bytes, int] = {}  # client id → pidfd
+        self.draining = False
+
+    def run(self) -> None:
+        """Serve until drained."""
+        while not (self.draining and not self.core.has_work):
+            self.run_once()
+
+    def run_once(self) -> None:
+        timeout = 0 if self.core.has_work else max(0.0, self.next_heartbeat - time.monotonic())
+        for source, _ in self.poller.poll(timeout * 1000):
+            if source is not self.socket:
+                self._forget(source)
+        self._receive()
+        if self.core.has_work:
+            self._send_outputs(self.core.step())
+        if time.monotonic() >= self.next_heartbeat:
+            self.next_heartbeat = time.monotonic() + self.heartbeat_interval
+            for client in self.clients:
+                self._send(client, Heartbeat(self.epoch, self.core.stats))
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                client, payload = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = to_engine_decoder.decode(payload)
+            except msgspec.MsgspecError as e:
+                logger.error("dropped a message that is none of ours: %s", e)
+                continue
+            if isinstance(message, Add):
+                try:
+                    self.core.add(message, client)
+                except InvalidRequestError as e:
+                    item = OutputItem(message.request_id, [], "error", error=e.message)
+                    self._send(client, StepOutput(self.epoch, self.core.scheduler.step, [item]))
+            elif isinstance(message, Abort):
+                for request_id in message.request_ids:
+                    self.core.abort(request_id)
+            elif isinstance(message, Hello):
+                self._greet(client, message.pid)
+
+    def _greet(self, client: bytes, pid: int) -> None:
+        if client not in self.clients:
+            pidfd = open_pidfd(pid)
+            if pidfd is None:
+                return
+            self.clients[client] = pidfd
+            self.poller.register(pidfd, zmq.POLLIN)
+        self._send(client, Ready(self.epoch, os.getpid(), self.core.info))
+
+    def _forget(self, pidfd: int) -> None:
+        """A client's process ended: nobody waits for its requests."""
+        client = next(c for c, fd in self.clients.items() if fd == pidfd)
+        self.poller.unregister(pidfd)
+        os.close(pidfd)
+        del self.clients[client]
+        orphans = [s.request_id for s in self.core.scheduler.sequences.values() if s.client_id == client]
+        for request_id in orphans:
+            self.core.abort(request_id)
+        logger.warning("a client's process ended; %d of its requests were aborted", len(orphans))
+
+    def _send_outputs(self, outputs: list[tuple[Sequence, OutputItem]]) -> None:
+        by_client: dict[bytes, list[OutputItem]] = defaultdict(list)
+        for seq, item in outputs:
+            by_client[seq.client_id].append(item)
+        for client, items in by_client.items():
+            self._send(client, StepOutput(self.epoch, self.core.scheduler.committed_step, items))
+
+    def _send(self, client: bytes, message: ToWorker) -> None:
+        self.socket.send_multipart([client, encoder.encode(message)])
+
+
+def _end_with_owner(owner_pid: int, folder: Path) -> None:
+    """From a thread, so that it holds while the model loads or a step hangs: end when the service's process ends."""
+    pidfd = open_pidfd(owner_pid)
+    if pidfd is not None:
+        select.select([pidfd], [], [])
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(0)
+
+
+def main() -> None:
+    """Entry point of the process. Exit code 0: drained or owner gone; 2: cannot start as configured; 1: a fault."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s [engine] %(levelname)s %(message)s")
+    args = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineArgs)
+    folder = Path(args.folder)
+    threading.Thread(target=_end_with_owner, args=(args.owner_pid, folder), daemon=True).start()
+    (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
+
+    socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
+    socket.linger = 1000  # ms, for the last outputs of a drain
+    socket.set_hwm(0)
+    socket.bind(f"ipc://{folder}/engine.sock")
+    started = time.perf_counter()
+    try:
+        core = EngineCore.from_model(EngineConfig.create(env={}, **args.config), hash_seed=args.hash_seed)
+    except NanoVLLMError as e:
+        (folder / "engine.error").write_text(str(e))
+        logger.error("the engine cannot start: %s", e)
+        sys.exit(2)
+    core.info.startup_seconds["total_engine"] = time.perf_counter() - started
+    server = EngineServer(core, socket, args.epoch, args.heartbeat_interval)
+
+    def drain(signum: int, frame: FrameType | None) -> None:
+        server.draining = True
+
+    signal.signal(signal.SIGTERM, drain)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which drains and then ends us
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in core.info.startup_seconds.items())
+    logger.info("ready on %s in %s: %s", core.info.device, core.info.dtype, phases)
+    try:
+        server.run()
+    except Exception:
+        logger.exception("the engine failed")
+        os._exit(1)  # what is open goes on in the next engine; do not wait for sockets
+    socket.close()
+
+
+if __name__ == "__main__":
+    main()
