@@ -18,7 +18,7 @@ ENV_PREFIX = "NANOVLLM_"
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
     @classmethod
     def create(cls, *, env: Mapping[str, str] | None = None, **keywords: Any) -> Self:

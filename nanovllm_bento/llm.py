@@ -87,7 +87,7 @@ class LLM:
         messages: ``{"role": ..., "content": ...}`` mappings. Also raises InvalidRequestError if the template refuses.
         """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        template = ChatTemplate(self.tokenizer)
+        template = ChatTemplate.of(self.tokenizer)
         prompts = [
             self.tokenizer.encode(
                 template.render(
@@ -112,8 +112,10 @@ class LLM:
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
-        if isinstance(prompt, Sequence) and all(isinstance(t, int) and not isinstance(t, bool) for t in prompt):
-            return None, list(prompt)
+        if isinstance(prompt, Sequence):
+            token_ids = [t for t in prompt if isinstance(t, int) and not isinstance(t, bool)]
+            if len(token_ids) == len(prompt):
+                return None, token_ids
         raise InvalidRequestError(
             f"A prompt is a string, a list of token ids or a dict, got {type(prompt).__name__}.", param="prompts"
         )
@@ -193,7 +195,8 @@ class _Request:
         stopped = False
         completion.finish_reason, completion.stop_reason = finish_reason, stop_reason
         if detokenizer is not None:
-            completion.text += detokenizer.push(token_ids)
+            # The token that ended the sequence (end of sequence, stop token) counts but is no text.
+            completion.text += detokenizer.push(token_ids[:-1] if finish_reason == "stop" else token_ids)
             if detokenizer.stop_reason is not None:
                 stopped = finish_reason is None
                 completion.finish_reason, completion.stop_reason = "stop", detokenizer.stop_reason

@@ -15,6 +15,10 @@ class EngineClient(Protocol):
         """Whether requests are served now."""
 
     @property
+    def failure(self) -> str | None:
+        """Why no engine will come, once that is certain."""
+
+    @property
     def info(self) -> EngineInfo:
         """Limits of the engine. Raises EngineNotReadyError before it was ready for the first time."""
 

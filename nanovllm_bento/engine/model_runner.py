@@ -216,7 +216,7 @@ def _choose_dtype(name: str, model_config: ModelConfig, device: torch.device) ->
         return getattr(torch, name)
     if device.type == "cpu":
         return best_cpu_dtype()
-    dtype = getattr(torch, model_config.dtype or "bfloat16")
+    dtype: torch.dtype = getattr(torch, model_config.dtype)
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 

@@ -160,18 +160,21 @@ class Scheduler:
             if budget == 0:
                 return
             budget -= self._add_chunk(batch, seq, budget)
-        while budget > 0 and self.free_slots and (seq := self._next_waiting()) is not None:
+        while budget > 0 and self.free_slots:
+            newcomer = self._next_waiting()
+            if newcomer is None:
+                return
             # Leave running sequences some room to grow, or the newcomer is preempted at once.
             reserve = max(1, len(self.block_manager.blocks) // 100) if self.num_running else 0
-            if not self.block_manager.allocate(seq, reserve=reserve):
+            if not self.block_manager.allocate(newcomer, reserve=reserve):
                 return
             heapq.heappop(self.waiting)
-            seq.slot = self.free_slots.pop()
-            if seq.num_preemptions == 0:
-                seq.num_cached_tokens = seq.num_computed_tokens
-            self.prefilling.append(seq)
-            batch.admitted.append(seq)
-            budget -= self._add_chunk(batch, seq, budget)
+            newcomer.slot = self.free_slots.pop()
+            if newcomer.num_preemptions == 0:
+                newcomer.num_cached_tokens = newcomer.num_computed_tokens
+            self.prefilling.append(newcomer)
+            batch.admitted.append(newcomer)
+            budget -= self._add_chunk(batch, newcomer, budget)
 
     def _next_waiting(self) -> Sequence | None:
         while self.waiting and self.waiting[0][1].finish_reason is not None:

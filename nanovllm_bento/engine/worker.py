@@ -60,7 +60,7 @@ class EngineServer:
 
     def run_once(self) -> None:
         timeout = 0 if self.core.has_work else max(0.0, self.next_heartbeat - time.monotonic())
-        for source, _ in self.poller.poll(timeout * 1000):
+        for source, _ in self.poller.poll(int(timeout * 1000) + 1 if timeout else 0):
             if source is not self.socket:
                 self._forget(source)
         self._receive()

@@ -66,6 +66,10 @@ class FakeRunner:
         assert len(self.queue) <= 2, "more than one step was in flight at a launch"
         return flight
 
+    def blocks_in_flight(self) -> set[int]:
+        """Blocks that a launched step may still read or write."""
+        return {block for flight in self.queue for row in flight.plan for block in row[1]}
+
     def run_until(self, flight: FakeInFlight) -> None:
         while flight.tokens is None:
             self._run(self.queue.pop(0))
@@ -143,6 +147,13 @@ def add(
     return params
 
 
+def check(core: EngineCore) -> None:
+    """Every invariant: the block manager's own, and that no step in flight touches a block that is free."""
+    core.check()
+    free = core.block_manager.free.keys()
+    assert not core.runner.blocks_in_flight() & free, "a step in flight reads a block that was freed"
+
+
 def run(core: EngineCore, max_steps: int = 10_000) -> dict[str, list[OutputItem]]:
     """Step until nothing is left, checking every invariant after each step."""
     items: dict[str, list[OutputItem]] = {}
@@ -151,7 +162,7 @@ def run(core: EngineCore, max_steps: int = 10_000) -> dict[str, list[OutputItem]
             return items
         for _, item in core.step():
             items.setdefault(item.request_id, []).append(item)
-        core.check()
+        check(core)
     raise AssertionError("the engine does not come to an end")
 
 

@@ -1,5 +1,6 @@
 """Scheduler, block manager and core on a fake device that checks every block it reads."""
 
+import itertools
 import random
 
 import pytest
@@ -15,7 +16,7 @@ from nanovllm_bento.errors import (
     PromptTooLongError,
     TokenOutOfVocabularyError,
 )
-from tests.engine.fake_runner import VOCAB, add, expected_tokens, make_core, run, tokens_of
+from tests.engine.fake_runner import VOCAB, add, check, expected_tokens, make_core, run, tokens_of
 
 prompt_tokens = st.lists(st.integers(0, 3), min_size=1, max_size=40)  # few values, so that prefixes repeat
 requests = st.lists(
@@ -54,7 +55,7 @@ def test_tokens_depend_on_the_request_alone(
         del waiting[: arrivals or len(waiting)]
         for _, item in core.step():
             got.setdefault(item.request_id, []).extend(item.new_token_ids)
-        core.check()
+        check(core)
         for batch in core.runner.batches[-1:]:
             assert batch.num_tokens <= budget
             if mode == "two_phase":
@@ -97,7 +98,7 @@ def test_nothing_leaks_after_ten_thousand_random_operations(mode):
                 if item.finish_reason:
                     assert got[item.request_id] == expected.pop(item.request_id)
         alive = [r for r in alive if r in core.scheduler.sequences]
-        core.check()
+        check(core)
     assert core.scheduler.num_preemptions > 0, "the cache was meant to be too small"
     for request_id in alive:
         core.abort(request_id)
@@ -171,7 +172,7 @@ def test_decode_waits_for_a_bounded_number_of_prefill_steps(bound):
         add(core, str(i), [2 + i] * 30, 1, ignore_eos=True)
     run(core)
     old_rows = [i for i, b in enumerate(core.runner.batches) if any(s.request_id == "old" for s in b.decode)]
-    gaps = [b - a - 1 for a, b in zip(old_rows, old_rows[1:], strict=False)]
+    gaps = [b - a - 1 for a, b in itertools.pairwise(old_rows)]
     assert max(gaps) == bound
 
 
@@ -249,6 +250,18 @@ def test_length_ends_with_length_and_every_item_comes_in_order():
     assert [item.finish_reason for item in items] == [None] * 6 + ["length"]
 
 
+def test_an_ending_costs_one_wasted_row_at_most_and_none_when_it_was_foreseen():
+    foreseen, unforeseen = make_core(), make_core()
+    add(foreseen, "a", [2, 3], 6, ignore_eos=True)
+    params = add(unforeseen, "a", [2, 3], 60)
+    num_tokens = len(expected_tokens([2, 3], params))
+    assert num_tokens < 60, "it was meant to end at an end-of-sequence token"
+    run(foreseen)
+    run(unforeseen)
+    assert foreseen.runner.num_computed_tokens == 2 + 5  # the last token is never fed back
+    assert unforeseen.runner.num_computed_tokens == 2 + num_tokens - 1 + 1
+
+
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "error", "numbers"),
     [
@@ -277,7 +290,7 @@ def test_a_request_larger_than_the_cache_is_refused_and_one_that_just_fits_runs(
     core.info = type(core.info)(
         **{**{f: getattr(core.info, f) for f in core.info.__struct_fields__}, "num_blocks": 5, "max_model_len": 100}
     )
-    with pytest.raises(PromptExceedsCacheError, match="21.*20"):
+    with pytest.raises(PromptExceedsCacheError, match=r"21.*20"):
         add(core, "too-long", [1] * 12, 10)
     add(core, "fits", [1] * 12, 9, ignore_eos=True)
     assert len(tokens_of(run(core)["fits"])) == 9

@@ -1,0 +1,65 @@
+# `make` lists what there is. Every target makes or updates the virtual environment by itself.
+VENV ?= .venv
+MODEL ?= demo
+PORT ?= 3000
+ARGS ?=
+PYTEST_ARGS ?=
+
+# PYTHON=python3.12 chooses the interpreter; otherwise scripts/bootstrap.py looks for one that works.
+BOOTSTRAP := $(or $(PYTHON),python3) scripts/bootstrap.py --venv $(VENV) $(if $(PYTHON),--python $(PYTHON))
+BIN := $(VENV)/bin
+SOURCES := nanovllm_bento scripts tests $(wildcard service.py examples benchmarks deploy)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-dev venv-bench serve chat test lint types format unit e2e bench doctor bento clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+venv:  ## make the virtual environment with what serving needs
+	@$(BOOTSTRAP)
+
+venv-dev:
+	@$(BOOTSTRAP) dev
+
+venv-bench:
+	@$(BOOTSTRAP) bench
+
+serve: venv  ## serve MODEL=demo on PORT=3000 (any model; ARGS="--max-num-seqs 64" for more settings)
+	@$(BIN)/nanovllm-bento serve --model $(MODEL) --port $(PORT) $(ARGS)
+
+chat: venv  ## talk to the server on PORT=3000
+	@$(BIN)/nanovllm-bento chat --base-url http://127.0.0.1:$(PORT) $(ARGS)
+
+test: lint types  ## lint, types and all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv-dev  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv-dev  ## mypy
+	$(BIN)/mypy
+
+format: venv-dev  ## let ruff format and fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+unit: venv-dev  ## the quick tests
+	$(BIN)/python -m pytest tests -m "not e2e and not slow and not demo and not gpu" $(PYTEST_ARGS)
+
+e2e: venv-dev  ## the tests that start a real server
+	$(BIN)/python -m pytest tests -m e2e $(PYTEST_ARGS)
+
+bench: venv-bench  ## offline benchmark against transformers (MODEL=demo, ARGS=...)
+	$(BIN)/nanovllm-bento bench offline --preset cpu --model $(MODEL) $(ARGS)
+
+doctor: venv  ## what this machine offers and what the engine would choose
+	@$(BIN)/nanovllm-bento doctor
+
+bento: venv-dev  ## build the Bento
+	$(BIN)/bentoml build
+
+clean:  ## remove caches and build outputs (not the virtual environment)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

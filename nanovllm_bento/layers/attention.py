@@ -1,0 +1,70 @@
+"""Self-attention over the paged KV cache."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata
+from nanovllm_bento.kernels.rope_store import RopeStoreStep, qk_norm_rope_store
+from nanovllm_bento.layers.linear import MergedLinear
+from nanovllm_bento.layers.norm import RMSNorm
+from nanovllm_bento.layers.weight_spec import WeightSpec
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary embeddings and, if ``qk_norm``, RMSNorm of each query and key head."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool,
+        o_bias: bool,
+        qk_norm: bool,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.eps = eps
+        self.scale = head_dim**-0.5
+        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv = MergedLinear(hidden_size, parts, bias=qkv_bias, dtype=dtype)
+        self.out = MergedLinear(q_size, {"o_proj": hidden_size}, bias=o_bias, dtype=dtype, shard_dim=1)
+        self.q_norm = RMSNorm(head_dim, eps, dtype=dtype) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps, dtype=dtype) if qk_norm else None
+        self.head_norm_weight: Tensor | None = None
+        self.backend: AttentionBackend | None = None
+
+    def forward(
+        self, x: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
+    ) -> Tensor:
+        """x: [num_tokens, hidden_size] -> the same shape. Writes this step's keys and values into kv_cache."""
+        assert self.backend is not None, "set_attention_backend comes first"
+        k_cache, v_cache = kv_cache
+        qkv = self.qkv(x)
+        q = qk_norm_rope_store(qkv, step, k_cache, v_cache, self.num_heads, self.head_norm_weight, self.eps)
+        out: Tensor = self.out(self.backend.forward(q, k_cache, v_cache, meta, self.scale).flatten(1))
+        return out
+
+    def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
+        yield from self.qkv.weight_specs(prefix)
+        yield from self.out.weight_specs(prefix)
+        if self.q_norm is not None and self.k_norm is not None:
+            yield from self.q_norm.weight_specs(f"{prefix}q_norm")
+            yield from self.k_norm.weight_specs(f"{prefix}k_norm")
+
+    def finalize(self) -> None:
+        """Pack the linear layers; lay the two norm weights out by head, as the kernel reads them."""
+        self.qkv.finalize()
+        self.out.finalize()
+        if self.q_norm is not None and self.k_norm is not None:
+            q_rows = self.q_norm.weight.data.expand(self.num_heads, -1)
+            k_rows = self.k_norm.weight.data.expand(self.num_kv_heads, -1)
+            self.head_norm_weight = torch.cat((q_rows, k_rows))

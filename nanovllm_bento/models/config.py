@@ -1,0 +1,251 @@
+"""ModelConfig: what the engine needs to know of a model, from a Hugging Face ``config.json`` or a GGUF file.
+
+Imports neither torch nor transformers. Whatever would make the model compute something else than it was trained to is
+refused here by name (a rope type, an activation, a quantisation), before any weight is read.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from nanovllm_bento.errors import CheckpointError, CorruptFileError, ModelNotFoundError, UnsupportedArchitectureError
+from nanovllm_bento.layers.rope_config import RopeConfig
+from nanovllm_bento.models.registry import SUPPORTED_ARCHITECTURES, check_architecture
+
+DType = Literal["float32", "bfloat16", "float16"]
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder's shape. Sizes are numbers of elements; positions and windows are in tokens.
+
+    head_dim may differ from hidden_size / num_attention_heads. attention_bias, o_bias and mlp_bias say which linear
+    layers (q, k and v; the attention's output; gate, up and down) have a bias.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    hidden_act: str
+    eos_token_ids: tuple[int, ...]
+    dtype: DType
+    sliding_window: int | None = None
+
+    @property
+    def max_context(self) -> int:
+        """Longest context, in tokens, that this engine computes exactly as the model defines it.
+
+        Scaled rope (linear, yarn) stretches the trained length by its factor. Attention here is always full, which
+        equals sliding-window attention as long as the context fits in the window; so a model that has one is limited
+        to it.
+        """
+        limit = self.max_position_embeddings
+        if self.rope.type == "linear":
+            limit = int(limit * self.rope.factor)
+        elif self.rope.type == "yarn":
+            limit = max(limit, int(self.rope.original_max_position * self.rope.factor))
+        return limit if self.sliding_window is None else min(limit, self.sliding_window)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
+        """From the contents of a config.json, in the style of transformers 4 or 5.
+
+        Raises UnsupportedArchitectureError for an architecture that is not in the registry, CheckpointError for
+        missing or impossible fields and for features that are not supported.
+        """
+        architectures = d.get("architectures") or []
+        known = [a for a in architectures if a in SUPPORTED_ARCHITECTURES]
+        if not architectures:
+            raise UnsupportedArchitectureError(
+                f"the config names no architectures; supported: {', '.join(sorted(SUPPORTED_ARCHITECTURES))}."
+            )
+        check_architecture(known[0] if known else str(architectures[0]))
+        architecture = known[0]
+        missing = [name for name in _REQUIRED if d.get(name) is None]
+        if missing:
+            raise CheckpointError(f"the config of this {architecture} lacks {', '.join(missing)}.")
+        sizes = {name: _positive_int(d, name) for name in _REQUIRED}
+        heads = sizes["num_attention_heads"]
+        kv_heads = heads if d.get("num_key_value_heads") is None else _positive_int(d, "num_key_value_heads")
+        if heads % kv_heads:
+            raise CheckpointError(f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}.")
+        if d.get("head_dim") is None and architecture == "Qwen3ForCausalLM":
+            head_dim = 128
+        elif d.get("head_dim") is None:
+            head_dim = sizes["hidden_size"] // heads
+        else:
+            head_dim = _positive_int(d, "head_dim")
+        if head_dim % 2:
+            raise CheckpointError(f"head_dim={head_dim} is odd; rotary embeddings need an even one.")
+        act = d.get("hidden_act", "silu")
+        if act != "silu":
+            raise CheckpointError(f"hidden_act={act!r} is not supported; only 'silu' is.")
+        if d.get("quantization_config"):
+            method = dict(d["quantization_config"]).get("quant_method", "unknown")
+            raise CheckpointError(
+                f"the checkpoint is quantised (quantization_config: {method}), which is not supported; use the "
+                "unquantised checkpoint or a GGUF file."
+            )
+        qwen2 = architecture == "Qwen2ForCausalLM"
+        bias = bool(d.get("attention_bias", False)) and architecture != "MistralForCausalLM"
+        return cls(
+            architecture=architecture,
+            **sizes,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(d.get("rms_norm_eps", 1e-6)),
+            rope=_rope(d, architecture, sizes["max_position_embeddings"], head_dim),
+            tie_word_embeddings=bool(d.get("tie_word_embeddings", False)),
+            attention_bias=qwen2 or bias,
+            o_bias=bias and not qwen2,
+            mlp_bias=architecture == "LlamaForCausalLM" and bool(d.get("mlp_bias", False)),
+            hidden_act=act,
+            eos_token_ids=_eos(d.get("eos_token_id")),
+            dtype=_dtype(d.get("dtype") or d.get("torch_dtype") or "bfloat16"),
+            sliding_window=_sliding_window(d, architecture, sizes["num_hidden_layers"]),
+        )
+
+
+def read_config(source: str | Path) -> ModelConfig:
+    """The config of a checkpoint folder (config.json; end-of-sequence ids of generation_config.json too) or .gguf file.
+
+    Raises ModelNotFoundError if there is none, CorruptFileError if it cannot be read, and what from_dict raises.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        from nanovllm_bento.models.gguf import read_gguf_config
+
+        return ModelConfig.from_dict(read_gguf_config(path))
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(f"{path} holds no config.json; give a checkpoint folder or a .gguf file.")
+    d = read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        both = (*_eos(d.get("eos_token_id")), *_eos(read_json(generation).get("eos_token_id")))
+        d["eos_token_id"] = list(dict.fromkeys(both))
+    return ModelConfig.from_dict(d)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises CorruptFileError if it is anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise CorruptFileError(f"{path} is not readable JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
+    return value
+
+
+def _positive_int(d: Mapping[str, Any], name: str) -> int:
+    value = d[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{name}={value!r} in the config must be a whole number of at least 1.")
+    return value
+
+
+def _eos(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise CheckpointError(f"eos_token_id={value!r} in the config must be a token id or a list of them.")
+    return tuple(ids)
+
+
+def _dtype(value: Any) -> DType:
+    name = str(value).removeprefix("torch.")
+    if name == "float32" or name == "bfloat16" or name == "float16":
+        return name  # type: ignore[return-value]
+    raise CheckpointError(f"dtype={value!r} in the config is not supported; use float32, bfloat16 or float16.")
+
+
+def _sliding_window(d: Mapping[str, Any], architecture: str, num_layers: int) -> int | None:
+    """The window in tokens if any layer uses one. Defaults are those of each family's transformers config."""
+    if architecture == "MistralForCausalLM":
+        window = d.get("sliding_window", 4096)
+    elif architecture.startswith("Qwen") and d.get("use_sliding_window"):
+        kinds = d.get("layer_types")
+        in_use = "sliding_attention" in kinds if kinds else d.get("max_window_layers", 28) < num_layers
+        window = d.get("sliding_window", 4096) if in_use else None
+    else:
+        window = None
+    return None if window is None else _positive_int({"sliding_window": window}, "sliding_window")
+
+
+def _rope(d: Mapping[str, Any], architecture: str, max_position: int, head_dim: int) -> RopeConfig:
+    """Rope settings from rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5)."""
+    p: dict[str, Any] = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+    kind = p.get("rope_type") or p.get("type") or "default"
+    if float(p.get("partial_rotary_factor") or d.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise CheckpointError("partial_rotary_factor below 1 is not supported: rotary embeddings must cover the head.")
+    theta = float(p.get("rope_theta") or d.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "factors":
+        factors = tuple(float(f) for f in p["factors"])
+        if len(factors) != head_dim // 2 or any(not f > 0 for f in factors):
+            raise CheckpointError(f"rope factors must be {head_dim // 2} positive numbers, found {len(factors)}.")
+        return RopeConfig(type="factors", theta=theta, factors=factors)
+    if kind not in ("linear", "llama3", "yarn"):
+        raise CheckpointError(f"rope type {kind!r} is not supported; supported: default, linear, llama3, yarn.")
+    wanted = {"linear": ["factor"], "yarn": ["factor"]}.get(kind)
+    wanted = wanted or ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    missing = [name for name in wanted if p.get(name) is None]
+    if missing:
+        raise CheckpointError(f"the {kind} rope settings of this {architecture} lack {', '.join(missing)}.")
+    factor = float(p["factor"])
+    original = int(p.get("original_max_position_embeddings") or max_position)
+    if kind == "linear":
+        return RopeConfig(type="linear", theta=theta, factor=factor, original_max_position=original)
+    if kind == "llama3":
+        low, high = float(p["low_freq_factor"]), float(p["high_freq_factor"])
+        return RopeConfig(
+            "llama3", theta, factor, original_max_position=original, low_freq_factor=low, high_freq_factor=high
+        )
+    return RopeConfig(
+        type="yarn",
+        theta=theta,
+        factor=factor,
+        original_max_position=original,
+        beta_fast=float(p.get("beta_fast") or 32.0),
+        beta_slow=float(p.get("beta_slow") or 1.0),
+        truncate=bool(p.get("truncate", True)),
+        attention_factor=_yarn_attention_factor(p, factor),
+    )
+
+
+def _yarn_attention_factor(p: Mapping[str, Any], factor: float) -> float:
+    """Scale of cos and sin: as given, or 0.1 ln(factor) + 1 (YaRN, section 3.4), weighted by mscale where present."""
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return mscale(float(p["mscale"])) / mscale(float(p["mscale_all_dim"]))
+    return mscale(1.0)

@@ -1,0 +1,172 @@
+"""The decoder that all families share: pre-norm blocks of attention and a gated MLP, a final norm, an LM head.
+
+A family's module subclasses DecoderForCausalLM and says only what is different: class attributes such as ``qk_norm``,
+or another MLP through ``make_mlp`` (where a mixture of experts belongs).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm_bento.kernels.activation import silu_and_mul
+from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata
+from nanovllm_bento.kernels.rope_store import RopeStoreStep, make_step
+from nanovllm_bento.layers.attention import Attention
+from nanovllm_bento.layers.embedding import LMHead, TokenEmbedding
+from nanovllm_bento.layers.linear import MergedLinear
+from nanovllm_bento.layers.norm import RMSNorm
+from nanovllm_bento.layers.rotary import RotaryEmbedding
+from nanovllm_bento.layers.weight_spec import WeightSpec
+from nanovllm_bento.models.config import ModelConfig
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one product."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = MergedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, dtype=dtype)
+        self.down = MergedLinear(inner, {"down_proj": hidden}, bias=bias, dtype=dtype, shard_dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, hidden_size] -> the same shape."""
+        out: Tensor = self.down(silu_and_mul(self.gate_up(x)))
+        return out
+
+    def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
+        yield from self.gate_up.weight_specs(prefix)
+        yield from self.down.weight_specs(prefix)
+
+    def finalize(self) -> None:
+        self.gate_up.finalize()
+        self.down.finalize()
+
+
+class DecoderLayer(nn.Module):
+    """One block. The residual stream travels beside the output, so that its add is fused into the next norm."""
+
+    def __init__(self, config: ModelConfig, mlp: GatedMLP, *, qk_norm: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            qkv_bias=config.attention_bias,
+            o_bias=config.o_bias,
+            qk_norm=qk_norm,
+            eps=config.rms_norm_eps,
+            dtype=dtype,
+        )
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        step: RopeStoreStep,
+        kv_cache: tuple[Tensor, Tensor],
+        meta: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """x: the block before's output, [num_tokens, hidden_size], not yet added to residual (same shape)."""
+        x, residual = self.input_norm(x, residual)
+        x = self.attention(x, step, kv_cache, meta)
+        x, residual = self.post_attention_norm(x, residual)
+        return self.mlp(x), residual
+
+    def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
+        yield from self.input_norm.weight_specs(f"{prefix}input_layernorm")
+        yield from self.attention.weight_specs(f"{prefix}self_attn.")
+        yield from self.post_attention_norm.weight_specs(f"{prefix}post_attention_layernorm")
+        yield from self.mlp.weight_specs(f"{prefix}mlp.")
+
+    def finalize(self) -> None:
+        self.attention.finalize()
+        self.mlp.finalize()
+
+
+class DecoderForCausalLM(nn.Module):
+    """A whole model. Built on the meta device; ``materialize`` gives it memory and weights."""
+
+    qk_norm = False
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.attention_backend: AttentionBackend | None = None
+        self.embed = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, self.make_mlp(config, dtype=dtype), qk_norm=self.qk_norm, dtype=dtype)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.lm_head = LMHead(self.embed, tied=config.tie_word_embeddings)
+
+    def make_mlp(self, config: ModelConfig, *, dtype: torch.dtype) -> GatedMLP:
+        return GatedMLP(config, dtype=dtype)
+
+    def set_attention_backend(self, backend: AttentionBackend) -> None:
+        """Use ``backend`` in all layers; call its ``prepare(meta)`` once before each forward."""
+        self.attention_backend = backend
+        for layer in self._layers:
+            layer.attention.backend = backend
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        meta: AttentionMetadata,
+    ) -> Tensor:
+        """input_ids, positions: int64 [num_tokens]; kv_caches: (k_cache, v_cache) of each layer, initialised finite.
+
+        Returns hidden states after the final norm, [num_tokens, hidden_size]. Call it under torch.inference_mode().
+        """
+        step = make_step(self.rotary(positions), meta.slot_mapping)
+        x, residual = self.embed(input_ids), None
+        for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, step, kv_cache, meta)
+        normed: Tensor = self.norm(x, residual)[0]
+        return normed
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden_size] -> float32 [rows, vocab_size]."""
+        logits: Tensor = self.lm_head(hidden, self.embed)
+        return logits
+
+    def weight_specs(self) -> Iterator[WeightSpec]:
+        """Every tensor that a checkpoint of this model must hold, under its Hugging Face name."""
+        for _, specs in self._parts():
+            yield from specs
+
+    def materialize(self, fill: Callable[[WeightSpec], None], *, num_positions: int, device: torch.device) -> None:
+        """Allocate the parameters, let ``fill`` write each spec's target, and bring them into the form that runs.
+
+        Part by part, so that the plain and the packed copy of a weight exist together for one layer only.
+        num_positions: length of the rotary table, in tokens.
+        """
+        for part, specs in self._parts():
+            part.to_empty(device=device)
+            for spec in specs:
+                fill(spec)
+            if isinstance(part, DecoderLayer):
+                part.finalize()
+        self.lm_head.finalize(self.embed)
+        self.rotary.finalize(num_positions, device)
+
+    def _parts(self) -> Iterator[tuple[nn.Module, list[WeightSpec]]]:
+        yield self.embed, list(self.embed.weight_specs("model.embed_tokens"))
+        for i, layer in enumerate(self._layers):
+            yield layer, list(layer.weight_specs(f"model.layers.{i}."))
+        yield self.norm, list(self.norm.weight_specs("model.norm"))
+        yield self.lm_head, list(self.lm_head.weight_specs("lm_head"))
+
+    @property
+    def _layers(self) -> list[DecoderLayer]:
+        return list(self.layers)  # type: ignore[arg-type]

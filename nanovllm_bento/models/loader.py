@@ -1,0 +1,69 @@
+"""From a checkpoint to a model that is ready to run."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanovllm_bento.errors import ModelNotFoundError
+from nanovllm_bento.layers.weight_spec import WeightSpec
+from nanovllm_bento.models.config import ModelConfig
+from nanovllm_bento.models.decoder import DecoderForCausalLM
+from nanovllm_bento.models.registry import build_model
+from nanovllm_bento.models.weights import CheckpointReader, SafetensorsReader, check_tensors
+
+_DUMMY_STD = 0.02
+
+
+def load_model(
+    config: ModelConfig,
+    source: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    load_format: Literal["auto", "dummy"] = "auto",
+    seed: int = 0,
+    max_positions: int | None = None,
+) -> DecoderForCausalLM:
+    """Build ``config``'s model, fill it from ``source`` (a checkpoint folder or a .gguf file) and make it ready.
+
+    load_format "dummy" fills it with random weights from ``seed`` instead and does not look at source. max_positions:
+    longest context that will be asked for, in tokens (default: config.max_context).
+
+    Raises ModelNotFoundError, CorruptFileError, CheckpointError and UnsupportedArchitectureError.
+    """
+    model = build_model(config, dtype=dtype)
+    device = torch.device(device)
+    num_positions = min(max_positions or config.max_context, config.max_context)
+    if load_format == "dummy":
+        generator = torch.Generator(device=device).manual_seed(seed)
+        model.materialize(lambda spec: _randomize(spec, generator), num_positions=num_positions, device=device)
+        return model.eval()
+    reader = _open_reader(Path(source))
+    try:
+        # nothing is allocated until all names and shapes are known to fit
+        check_tensors(model.weight_specs(), reader.shapes, config.tie_word_embeddings, Path(source))
+        model.materialize(
+            lambda spec: reader.read_into(spec.name, spec.target), num_positions=num_positions, device=device
+        )
+    finally:
+        reader.close()
+    return model.eval()
+
+
+def _open_reader(source: Path) -> CheckpointReader:
+    if source.suffix == ".gguf":
+        from nanovllm_bento.models.gguf_weights import GGUFReader
+
+        return GGUFReader(source)
+    if not source.is_dir():
+        raise ModelNotFoundError(f"{source} is neither a checkpoint folder nor a .gguf file.")
+    return SafetensorsReader(source)
+
+
+def _randomize(spec: WeightSpec, generator: torch.Generator) -> None:
+    """Matrices from N(0, 0.02²), norm weights 1, biases 0; the same for a seed on one kind of device."""
+    if len(spec.shape) > 1:
+        spec.target.normal_(0.0, _DUMMY_STD, generator=generator)
+    else:
+        spec.target.fill_(0.0 if spec.name.endswith("bias") else 1.0)

@@ -1,0 +1,26 @@
+from collections.abc import AsyncIterator, Iterator
+
+import openai
+import pytest
+
+from nanovllm_bento.hub import ModelFiles
+from tests.e2e.server import Server, serve
+
+
+@pytest.fixture(scope="session")
+def server(demo_model: ModelFiles) -> Iterator[Server]:
+    """One server of the demo for all tests that do not end it."""
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client

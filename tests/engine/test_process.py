@@ -1,0 +1,241 @@
+"""The engine in its own process: same tokens, and what happens when any of the processes ends."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from nanovllm_bento.config import EngineConfig, ServiceConfig
+from nanovllm_bento.engine.core import EngineCore
+from nanovllm_bento.engine.process_client import ProcessEngineClient
+from nanovllm_bento.engine.processes import ipc_folder, start_time
+from nanovllm_bento.engine.request import resolve_request
+from nanovllm_bento.errors import ConfigError, EngineDeadError, EngineError, EngineNotReadyError
+from nanovllm_bento.sampling_params import SamplingParams
+from tests.engine.fake_runner import add, run, tokens_of
+from tests.engine.tiny_models import make_tiny
+
+PROMPTS = [[5, 6, 7], [5, 6, 7, 8] * 10, [9] * 33]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return make_tiny("qwen3", tmp_path_factory.mktemp("tiny"))
+
+
+def engine_config(model: Path | str, **settings: object) -> EngineConfig:
+    return EngineConfig.create(
+        env={}, model=str(model), dtype="float32", device="cpu", num_gpu_blocks_override=64, max_num_seqs=8, **settings
+    )
+
+
+@asynccontextmanager
+async def connected(config: EngineConfig, folder: Path, owner_pid: int | None = None, **service: object):
+    settings = ServiceConfig.create(env={}, ipc_dir=str(folder), engine_heartbeat_interval=0.05, **service)
+    client = ProcessEngineClient(config, settings, owner_pid=owner_pid)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def ready(config: EngineConfig, client: ProcessEngineClient) -> None:
+    await asyncio.wait_for(client.wait_ready(), 60)
+
+
+def greedy(client: ProcessEngineClient, prompt: list[int], max_tokens: int = 40) -> SamplingParams:
+    return resolve_request(prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True), client.info)
+
+
+async def collect(client: ProcessEngineClient, request_id: str, prompt: list[int], max_tokens: int = 40) -> list[int]:
+    tokens: list[int] = []
+    async for item in client.generate(request_id, prompt, greedy(client, prompt, max_tokens)):
+        tokens += item.new_token_ids
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def in_process(tiny) -> list[list[int]]:
+    """The tokens of the same requests from an engine in this process, one at a time."""
+    core = EngineCore.from_model(engine_config(tiny))
+    result = []
+    for i, prompt in enumerate(PROMPTS):
+        add(core, str(i), prompt, 40, ignore_eos=True, temperature=0.0)
+        result.append(tokens_of(run(core)[str(i)]))
+    return result
+
+
+async def wait_for(condition, what: str, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        await asyncio.sleep(0.01)
+
+
+async def test_tokens_do_not_depend_on_the_process_boundary(tiny, tmp_path, in_process):
+    async with connected(engine_config(tiny), tmp_path / "ipc") as client:
+        assert not client.is_ready
+        with pytest.raises(EngineNotReadyError):
+            await collect_raw(client)
+        await ready(engine_config(tiny), client)
+        got = await asyncio.gather(*(collect(client, str(i), p) for i, p in enumerate(PROMPTS)))
+        assert got == in_process
+        pid = client._engine_pid
+    assert start_time(pid) is None, "closing the client that owns the engine ends it"
+
+
+async def collect_raw(client: ProcessEngineClient) -> None:
+    async for _ in client.generate("early", [1], SamplingParams(seed=0)):
+        pass
+
+
+async def test_leaving_frees_the_request_in_the_engine(tiny, tmp_path):
+    async with connected(engine_config(tiny), tmp_path / "ipc") as client:
+        await ready(engine_config(tiny), client)
+        task = asyncio.create_task(collect(client, "long", [3] * 20, 200))
+        await wait_for(lambda: client.stats.num_requests_running == 1, "the request runs")
+        task.cancel()
+        await wait_for(lambda: client.stats.num_requests_running == 0, "it ended")
+        assert client.stats.num_blocks_used == 0
+        stream = client.generate("closed", [3] * 20, greedy(client, [3] * 20, 200))
+        await anext(stream)
+        await stream.aclose()
+        await wait_for(lambda: client.stats.num_requests_running == 0, "it ended")
+
+
+async def test_streams_go_on_with_the_same_tokens_after_the_engine_is_killed(tiny, tmp_path, in_process):
+    async with connected(engine_config(tiny), tmp_path / "ipc") as client:
+        await ready(engine_config(tiny), client)
+        first = asyncio.Event()
+
+        async def stream(i: int) -> list[int]:
+            tokens: list[int] = []
+            async for item in client.generate(str(i), PROMPTS[i], greedy(client, PROMPTS[i])):
+                tokens += item.new_token_ids
+                first.set()
+            return tokens
+
+        tasks = [asyncio.create_task(stream(i)) for i in range(len(PROMPTS))]
+        await first.wait()
+        killed = client._engine_pid
+        os.kill(killed, signal.SIGKILL)
+        await wait_for(lambda: not client.is_ready, "readiness falls")
+        assert await asyncio.wait_for(asyncio.gather(*tasks), 60) == in_process
+        assert client._engine_pid != killed
+
+
+async def test_a_hung_engine_is_killed_and_replaced(tiny, tmp_path, in_process):
+    async with connected(engine_config(tiny), tmp_path / "ipc", engine_heartbeat_timeout=1.0) as client:
+        await ready(engine_config(tiny), client)
+        hung = client._engine_pid
+        os.kill(hung, signal.SIGSTOP)
+        await wait_for(lambda: start_time(hung) is None, "the hung engine is gone")
+        await wait_for(lambda: client.is_ready and client._engine_pid != hung, "another engine is ready")
+        assert await collect(client, "after", PROMPTS[0]) == in_process[0]
+
+
+async def test_an_engine_that_keeps_dying_ends_requests_with_an_error(tiny, tmp_path):
+    async with connected(engine_config(tiny), tmp_path / "ipc", engine_max_restarts=0) as client:
+        await ready(engine_config(tiny), client)
+        task = asyncio.create_task(collect(client, "a", [1, 2], 200))
+        await wait_for(lambda: bool(client._requests), "the request is open")
+        os.kill(client._engine_pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError, match="1 times"):
+            await asyncio.wait_for(task, 30)
+        assert not client.is_ready
+
+
+async def test_another_worker_adopts_the_engine_and_the_engine_ends_with_its_owner(tiny, tmp_path):
+    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        config, folder = engine_config(tiny), tmp_path / "ipc"
+        async with connected(config, folder, owner.pid) as second_comer:
+            async with connected(config, folder, owner.pid) as other:
+                await ready(config, second_comer)
+                await ready(config, other)
+                pid = other._engine_pid or second_comer._engine_pid
+                assert await collect(other, "x", [4, 5], 4) == await collect(second_comer, "x", [4, 5], 4)
+            await asyncio.sleep(0)
+            assert start_time(pid) is not None, "the engine outlives a worker"
+            os.kill(pid, signal.SIGKILL)
+            await wait_for(lambda: second_comer.is_ready and second_comer._engine_pid != pid, "the other restarts it")
+            pid = second_comer._engine_pid
+            owner.kill()
+            owner.wait()
+            await wait_for(lambda: start_time(pid) is None, "the engine ends with the service's main process")
+            assert not folder.exists()
+    finally:
+        owner.kill()
+
+
+async def test_requests_of_a_killed_worker_are_aborted(tiny, tmp_path):
+    script = """
+import asyncio, sys
+from nanovllm_bento.config import EngineConfig, ServiceConfig
+from nanovllm_bento.engine.process_client import ProcessEngineClient
+from nanovllm_bento.sampling_params import SamplingParams
+async def main():
+    client = ProcessEngineClient(EngineConfig.create(model=sys.argv[1]), ServiceConfig.create(ipc_dir=sys.argv[2]),
+                                 owner_pid=int(sys.argv[3]))
+    await client.start(); await client.wait_ready()
+    async for item in client.generate("w", [1, 2, 3], SamplingParams(seed=0, max_tokens=250, ignore_eos=True)):
+        print("token", flush=True)
+asyncio.run(main())
+"""
+    async with connected(engine_config(tiny, max_model_len=256), tmp_path / "ipc") as client:
+        await ready(engine_config(tiny), client)
+        worker = subprocess.Popen(
+            [sys.executable, "-c", script, str(tiny), str(tmp_path / "ipc"), str(os.getpid())], stdout=subprocess.PIPE
+        )
+        assert worker.stdout is not None
+        await asyncio.to_thread(worker.stdout.readline)
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
+        await wait_for(lambda: client.stats.generation_tokens > 0, "the worker's request ran")
+        await wait_for(lambda: client.stats.num_requests_running == client.stats.num_blocks_used == 0, "it ended")
+        assert client.stats.generation_tokens < 250, "it was aborted, not finished"
+
+
+async def test_a_model_that_is_not_there_is_said_and_not_retried(tmp_path):
+    config = engine_config(tmp_path / "nothing-here")
+    async with connected(config, tmp_path / "ipc") as client:
+        with pytest.raises(EngineDeadError, match="nothing-here"):
+            await asyncio.wait_for(client.wait_ready(), 60)
+        with pytest.raises(EngineNotReadyError, match="nothing-here"):
+            _ = client.info
+
+
+async def test_a_request_that_the_engine_refuses_ends_with_its_reason(tiny, tmp_path):
+    async with connected(engine_config(tiny), tmp_path / "ipc") as client:
+        await ready(engine_config(tiny), client)
+        with pytest.raises(EngineError, match="scheduling_policy"):
+            async for _ in client.generate("a", [1], greedy(client, [1]), priority=3):
+                pass
+        assert len(await collect(client, "b", [1, 2], 3)) == 3
+
+
+def test_an_ipc_folder_open_to_others_is_refused(tmp_path):
+    folder = tmp_path / "open"
+    folder.mkdir(mode=0o755)
+    with pytest.raises(ConfigError, match="0700"):
+        ipc_folder(os.getpid(), str(folder))
+    with pytest.raises(ConfigError, match="too long"):
+        ipc_folder(os.getpid(), str(tmp_path / ("x" * 100)))
+
+
+def test_folders_of_services_that_are_gone_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    old = ipc_folder(gone.pid)
+    gone.wait()
+    mine = ipc_folder(os.getpid())
+    assert mine.exists() and not old.exists()
+    assert mine.stat().st_mode & 0o777 == 0o700

@@ -1,0 +1,194 @@
+"""Imports go one way: serving → engine → models → layers → kernels, over leaves that know none of these."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "nanovllm_bento"
+NAME = "nanovllm_bento"
+
+LEAVES = {"errors", "outputs", "sampling_params", "config", "gguf_file", "hub", "text"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "outputs": set(),
+    "sampling_params": {"errors"},
+    "config": {"errors"},
+    "gguf_file": {"errors"},
+    "hub": {"errors", "models.gguf", "gguf_file", "text.tokenizer"},
+    "text": {"errors", "gguf_file", "hub", "sampling_params", "outputs", "config"},
+    "kernels": {"errors"},
+    "layers": {"errors", "sampling_params", "kernels"},
+    "models": {"errors", "gguf_file", "hub", "kernels", "layers"},
+    "engine": {"errors", "config", "hub", "sampling_params", "outputs", "kernels", "layers", "models"},
+    "serving": (LEAVES - {"outputs"}) | {"engine.client", "engine.messages", "engine.request", "engine.process_client"},
+    "llm": LEAVES | {"engine"},
+    "bench": LEAVES | {"kernels", "layers", "models", "engine", "llm", "serving"},
+    "cli": LEAVES | {"kernels", "models", "engine", "llm", "bench"},
+}
+"""What each part may import of this package beside itself. A dotted name allows that one module only."""
+
+WEB = {"bentoml", "_bentoml_sdk", "fastapi", "starlette", "uvicorn", "httpx", "openai"}
+TEXT = {"tokenizers", "transformers", "jinja2"}
+TENSORS = {"torch", "triton", "safetensors"}
+FORBIDDEN: dict[str, set[str]] = {
+    "errors": WEB | TEXT | TENSORS,
+    "outputs": WEB | TEXT | TENSORS,
+    "sampling_params": WEB | TEXT | TENSORS,
+    "config": WEB | TEXT | TENSORS,
+    "gguf_file": WEB | TEXT | TENSORS,
+    "hub": {"torch", "triton", "transformers"},
+    "text": WEB | TENSORS | {"transformers"},
+    "kernels": WEB | TEXT,
+    "layers": WEB | TEXT,
+    "models": WEB | TEXT,
+    "engine": WEB | TEXT,
+    "serving": TENSORS | {"transformers", "gguf"},
+    "llm": WEB | {"transformers"},
+}
+"""Third-party packages that a part must not know, wherever in a file they would be imported."""
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name inside the package -> file, of every module."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, module: str) -> Iterator[str]:
+    """Absolute names of all modules a file may import, also inside functions and under TYPE_CHECKING."""
+    package = f"{NAME}.{module}".rstrip(".") if path.name == "__init__.py" else f"{NAME}.{module}".rpartition(".")[0]
+    known = modules()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(filter(None, [*package.split(".")[: len(package.split(".")) - node.level + 1], base]))
+            for alias in node.names:  # `from package import module` imports that module
+                full = f"{base}.{alias.name}"
+                yield full if full.removeprefix(NAME + ".") in known else base
+
+
+def part_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_every_part_has_its_rules() -> None:
+    assert {part_of(m) for m in modules()} - {""} <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_imports_go_one_way(part: str) -> None:
+    wrong = []
+    for module, path in modules().items():
+        if part_of(module) != part:
+            continue
+        for name in imports(path, module):
+            inside = name.removeprefix(NAME).removeprefix(".")
+            if not name.startswith(NAME) or not inside or part_of(inside) == part:
+                continue
+            if inside not in ALLOWED[part] and part_of(inside) not in ALLOWED[part]:
+                wrong.append(f"{module} imports {inside}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("part", sorted(FORBIDDEN))
+def test_parts_do_not_know_what_is_not_theirs(part: str) -> None:
+    wrong = []
+    for module, path in modules().items():
+        if part_of(module) == part:
+            used = {name.partition(".")[0] for name in imports(path, module)} & FORBIDDEN[part]
+            wrong += [f"{module} imports {name}" for name in sorted(used)]
+    assert not wrong
+
+
+def test_only_llm_and_the_tools_import_the_engine_itself() -> None:
+    users = {
+        part_of(module)
+        for module, path in modules().items()
+        for name in imports(path, module)
+        if name == f"{NAME}.engine.core"
+    }
+    assert users <= {"engine", "llm", "bench"}
+
+
+def loaded_after(statements: str, block: str = "") -> set[str]:
+    """Which of torch, transformers and triton a fresh interpreter has loaded after some statements."""
+    code = f"import sys\n{block}\n{statements}\n"
+    code += "print(*[m for m in ('torch', 'transformers', 'triton') if sys.modules.get(m)])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split()) if done.stdout.strip() else set()
+
+
+def import_all(*parts: str) -> str:
+    names = [f"{NAME}.{m}".rstrip(".") for m in modules() if part_of(m) in parts]
+    assert names
+    return "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in names)
+
+
+def test_serving_and_the_leaves_load_neither_torch_nor_transformers() -> None:
+    assert loaded_after(import_all("", "serving", *LEAVES)) == set()
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    assert loaded_after(import_all("cli")) == set()
+
+
+def test_the_service_loads_neither_torch_nor_transformers() -> None:
+    assert loaded_after("import service") == set()
+
+
+def test_kernels_layers_and_models_import_without_triton() -> None:
+    assert "torch" in loaded_after(import_all("kernels", "layers", "models"), block="sys.modules['triton'] = None")
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> exact version, of a requirements file."""
+    lines = [line.partition(";")[0].strip() for line in (ROOT / "requirements" / name).read_text().splitlines()]
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {normal(package): version for package, version in pairs}
+
+
+def normal(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def declared(group: str = "") -> set[str]:
+    """Packages that pyproject.toml asks for: the package's own, or an extra's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["optional-dependencies"][group] if group else project["dependencies"]
+    return {normal(re.match(r"[\w.-]+", line)[0]) for line in wanted}  # type: ignore[index]
+
+
+def test_all_dependencies_are_pinned() -> None:
+    assert declared() | declared("dev") | declared("bench") <= pins("constraints.txt").keys()
+
+
+def test_a_bento_installs_the_pinned_dependencies_without_bentoml() -> None:
+    bento, constraints = pins("bento.txt"), pins("constraints.txt")
+    assert bento.keys() == declared() - {"bentoml"}
+    assert all(constraints[name] == version for name, version in bento.items())
+
+
+def test_what_is_imported_is_declared() -> None:
+    distribution = {"zmq": "pyzmq", "starlette": "fastapi", "pydantic_core": "pydantic", NAME: ""}
+    optional = {"triton", "transformers", "flash-attn", "flash-attn-interface", "matplotlib", "sentencepiece"}
+    used = {
+        normal(distribution.get(top, top))
+        for module, path in modules().items()
+        for top in [name.partition(".")[0] for name in imports(path, module)]
+        if top not in sys.stdlib_module_names
+    } - {""}
+    assert used - optional <= declared()
