@@ -9,7 +9,7 @@ import os
 import bentoml
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
-from nanovllm_bento.engine.process_client import ProcessEngineClient
+from nanovllm_bento.engine.process_client import ProcessEngineClient, prestart_engine
 from nanovllm_bento.serving.app import create_app
 from nanovllm_bento.serving.batch import BatchItem, BatchResult, run_batch
 from nanovllm_bento.serving.context import ServingContext
@@ -38,6 +38,12 @@ app = create_app(context)
 @bentoml.asgi_app(app, path="/")
 class NanoVLLM:
     """A language model behind OpenAI's API (/v1, see /docs) and a batched endpoint."""
+
+    @bentoml.on_deployment
+    @staticmethod
+    def prestart() -> None:
+        """In the main process, before there are workers: the engine loads while they start."""
+        prestart_engine(engine_config, config, os.getpid())
 
     @bentoml.on_startup
     async def start(self) -> None:

@@ -165,7 +165,16 @@ def serve(
     **settings: Any,
 ) -> None:
     """Serve a model over HTTP (OpenAI's API) through bentoml serve."""
+    from nanovllm_bento.engine.process_client import prestart_engine
+    from nanovllm_bento.hub import load_config_dict, resolve_model
+    from nanovllm_bento.models.config import ModelConfig
+
     os.environ.update(settings_environment(settings))
+    config = EngineConfig.create()
+    # A model that cannot be had or run is said here, where the user looks, and a download shows its progress.
+    ModelConfig.from_dict(load_config_dict(resolve_model(config.model, config.revision)))
+    # exec keeps this process's pid, which names the service that the engine belongs to.
+    prestart_engine(config, ServiceConfig.create(), os.getpid())
     command = serve_command(host, port, ["--timeout-graceful-shutdown", str(graceful_timeout)])
     os.execv(command[0], command)
 

@@ -9,13 +9,13 @@ This file decides ownership only; it never touches a tensor.
 """
 
 import secrets
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from xxhash import xxh3_128_digest
 
+from nanovllm_bento.engine.messages import pack_tokens
 from nanovllm_bento.engine.sequence import Sequence
 
 
@@ -61,7 +61,7 @@ class BlockManager:
         start, end = len(hashes), len(seq.token_ids) // size
         if not self.enable_prefix_caching or start == end:
             return
-        data = array("i", seq.token_ids[start * size : end * size]).tobytes()
+        data = pack_tokens(seq.token_ids[start * size : end * size])
         parent = hashes[-1] if hashes else b"salt:" + seq.cache_salt.encode()
         step, seed = 4 * size, self.hash_seed
         for offset in range(0, len(data), step):

@@ -268,21 +268,21 @@ class ProcessEngineClient:
         starts: deque[float] = deque()
         while True:
             process = None
-            pid = self._running_engine()
+            pid = _running_engine(self._folder)
             if pid is None:
                 starts.append(time.monotonic())
                 while starts[0] < starts[-1] - _RESTART_WINDOW:
                     starts.popleft()
                 if len(starts) > 1 + self.service_config.engine_max_restarts:
                     return self._fail(f"The engine ended {len(starts) - 1} times in {_RESTART_WINDOW:.0f} seconds.")
-                process = self._spawn()
+                process = _spawn_engine(self._folder, self.engine_config, self.service_config, self.owner_pid)
                 pid = process.pid
             self._engine_pid = pid
             await self._watch(pid)
             code = process.wait() if process is not None else None
-            if code == 2:
-                error = self._folder / "engine.error"
-                return self._fail(error.read_text() if error.exists() else "The engine cannot start as configured.")
+            error = self._folder / "engine.error"
+            if error.exists():  # it cannot start as configured, so the next one could not either
+                return self._fail(error.read_text())
             logger.error("the engine (pid %d) ended%s", pid, "" if code is None else f" with code {code}")
 
     async def _watch(self, pid: int) -> None:
@@ -309,44 +309,65 @@ class ProcessEngineClient:
             loop.remove_reader(pidfd)
             os.close(pidfd)
 
-    def _running_engine(self) -> int | None:
-        """The pid of an engine that another worker started and that still lives."""
-        try:
-            pid, started = map(int, (self._folder / "engine.pid").read_text().split())
-        except (OSError, ValueError):
-            return None
-        return pid if start_time(pid) == started else None
-
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        epoch_file, seed_file = self._folder / "epoch", self._folder / "hash_seed"
-        epoch = int(epoch_file.read_text()) + 1 if epoch_file.exists() else 0
-        epoch_file.write_text(str(epoch))
-        if not seed_file.exists():
-            seed_file.write_text(str(secrets.randbits(64)))
-        args = EngineArgs(
-            config=self.engine_config.model_dump(),
-            folder=str(self._folder),
-            epoch=epoch,
-            owner_pid=self.owner_pid,
-            hash_seed=int(seed_file.read_text()),
-            heartbeat_interval=self.service_config.engine_heartbeat_interval,
-        )
-        # A session of its own: Ctrl-C at the terminal is for the service.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nanovllm_bento.engine.worker"], stdin=subprocess.PIPE, start_new_session=True
-        )
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(args))
-        process.stdin.close()
-        (self._folder / "engine.pid").write_text(f"{process.pid} {start_time(process.pid)}")
-        return process
-
     def _fail(self, why: str) -> None:
         """No engine will come: end what is open and stay not ready."""
         self.failure = why
         logger.error("%s", why)
         for request in self._requests.values():
             request.items.put_nowait(EngineDeadError(why))
+
+
+def prestart_engine(engine_config: EngineConfig, service_config: ServiceConfig, owner_pid: int) -> None:
+    """Start the engine of a service whose workers do not run yet, so that it loads while they start.
+
+    The worker that becomes the supervisor adopts it. Does nothing where somebody supervises already.
+    """
+    folder = ipc_folder(owner_pid, service_config.ipc_dir)
+    with open(folder / "engine.lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if _running_engine(folder) is None:
+            _spawn_engine(folder, engine_config, service_config, owner_pid)
+
+
+def _running_engine(folder: Path) -> int | None:
+    """The pid of the engine that serves this folder and still lives."""
+    try:
+        pid, started = map(int, (folder / "engine.pid").read_text().split())
+    except (OSError, ValueError):
+        return None
+    return pid if start_time(pid) == started else None
+
+
+def _spawn_engine(
+    folder: Path, engine_config: EngineConfig, service_config: ServiceConfig, owner_pid: int
+) -> subprocess.Popen[bytes]:
+    """Start an engine of the next epoch; the caller holds the lock."""
+    epoch_file, seed_file = folder / "epoch", folder / "hash_seed"
+    epoch = int(epoch_file.read_text()) + 1 if epoch_file.exists() else 0
+    epoch_file.write_text(str(epoch))
+    if not seed_file.exists():
+        seed_file.write_text(str(secrets.randbits(64)))
+    (folder / "engine.error").unlink(missing_ok=True)
+    args = EngineArgs(
+        config=engine_config.model_dump(),
+        folder=str(folder),
+        epoch=epoch,
+        owner_pid=owner_pid,
+        hash_seed=int(seed_file.read_text()),
+        heartbeat_interval=service_config.engine_heartbeat_interval,
+    )
+    # A session of its own: Ctrl-C at the terminal is for the service.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nanovllm_bento.engine.worker"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(args))
+    process.stdin.close()
+    (folder / "engine.pid").write_text(f"{process.pid} {start_time(process.pid)}")
+    return process
 
 
 async def _terminate(pid: int, grace: float = 5.0) -> None:

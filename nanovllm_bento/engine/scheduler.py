@@ -133,23 +133,27 @@ class Scheduler:
         """Add a row for every decoding sequence; False if blocks lack and a step in flight must be committed first."""
         size = self.block_manager.block_size
         while True:
-            rows, positions, growing = [], [], []
+            rows: list[Sequence] = []
+            positions: list[int] = []
+            growing: list[Sequence] = []
+            add_row, add_position = rows.append, positions.append
             for seq in self.decoding:
                 position = seq.num_computed_tokens
-                if position + 1 < seq.max_total_tokens:  # else its last token is on its way
-                    rows.append(seq)
-                    positions.append(position)
-                    if position == len(seq.block_table) * size:
+                if position < seq.last_position:  # else its last token is on its way
+                    add_row(seq)
+                    add_position(position)
+                    seq.num_computed_tokens = position + 1
+                    if position % size == 0:
                         growing.append(seq)
             if len(growing) <= self.block_manager.num_free_blocks:
                 break
+            for seq in rows:
+                seq.num_computed_tokens -= 1
             if self.step != self.committed_step:
                 return False
             self._preempt(max((*self.prefilling, *self.decoding), key=lambda seq: seq.order))
         for seq in growing:
             self.block_manager.append_block(seq)
-        for seq in rows:
-            seq.num_computed_tokens += 1
         batch.decode, batch.positions, batch.sampled, batch.grown = rows, positions, rows.copy(), growing
         return True
 
@@ -215,25 +219,22 @@ class Scheduler:
         assert batch.step == self.committed_step + 1
         self.committed_step = batch.step
         committed = []
-        size = self.block_manager.block_size
-        for seq, token in zip(batch.sampled, tokens, strict=True):
+        for row in zip(batch.sampled, tokens, strict=True):
+            seq, token = row
             if seq.finish_reason is not None:
                 continue  # ended while this row was in flight
+            committed.append(row)
             if token < 0:
                 self._end(seq, "error")
-                committed.append((seq, token))
                 continue
             token_ids = seq.token_ids
+            position = len(token_ids)
             token_ids.append(token)
-            num_tokens = len(token_ids)
-            if (num_tokens - 1) % size == 0:
-                self.block_manager.publish(seq)
-            if token in seq.stop_token_ids and num_tokens >= seq.min_total_tokens:
+            if token in seq.stop_token_ids:  # not sampled before min_tokens
                 seq.stop_reason = None if token in seq.eos_token_ids else token
                 self._end(seq, "stop")
-            elif num_tokens >= seq.max_total_tokens:
+            elif position == seq.last_position:
                 self._end(seq, "length")
-            committed.append((seq, token))
         if self.ended:
             still_read = []
             for step, seq in self.ended:
@@ -257,6 +258,8 @@ class Scheduler:
             self.ended.append((self.step, seq))
 
     def _free(self, seq: Sequence) -> None:
+        if seq.finish_reason != "error":  # else it may have computed NaN
+            self.block_manager.publish(seq)  # what it decoded, all at once: cheaper than block by block
         self.block_manager.release(seq)
         self.free_slots.append(seq.slot)
         seq.slot = -1

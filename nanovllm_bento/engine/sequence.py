@@ -12,7 +12,9 @@ class Sequence:
     token_ids: the prompt and every committed output token. num_computed_tokens: tokens whose keys and values are
     written by steps launched so far; a decoding sequence has computed all but its last token, which may still be on the
     device. block_hashes, block_tokens: chained hash and packed tokens of each full block, made once.
-    stop_token_ids: ids that end it, with those of ``eos_token_ids`` among them giving no stop_reason.
+    last_position: place of the last token it may have; that one is never fed back. min_total_tokens: tokens before
+    which it cannot end at a stop token. stop_token_ids: ids that end it; those of ``eos_token_ids`` among them give no
+    stop_reason.
     """
 
     request_id: str
@@ -36,13 +38,13 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | None = None
 
-    max_total_tokens: int = field(init=False)
+    last_position: int = field(init=False)
     min_total_tokens: int = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.sampling.max_tokens is not None and self.sampling.seed is not None, "sampling must be resolved"
-        self.max_total_tokens = self.num_prompt_tokens + self.sampling.max_tokens
+        self.last_position = self.num_prompt_tokens + self.sampling.max_tokens - 1
         self.min_total_tokens = self.num_prompt_tokens + self.sampling.min_tokens
         stops = frozenset(self.sampling.stop_token_ids or ())
         self.stop_token_ids = stops if self.sampling.ignore_eos else stops | self.eos_token_ids

@@ -4,6 +4,7 @@ It serves every API worker of one service and outlives each of them: it ends whe
 SIGTERM once nothing is running. A client whose process ends has its requests aborted.
 """
 
+import gc
 import logging
 import os
 import select
@@ -163,6 +164,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which drains and then ends us
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in core.info.startup_seconds.items())
     logger.info("ready on %s in %s: %s", core.info.device, core.info.dtype, phases)
+    gc.collect()
+    gc.freeze()  # what start-up made stays; the collector need not look at it again in the middle of a step
     try:
         server.run()
     except Exception:

@@ -148,7 +148,8 @@ class ServingContext:
         tokenizer = self.text.tokenizer
         if len(text) <= LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        # encode_batch releases the interpreter lock; encode would hold up the event loop from its thread.
+        return (await asyncio.to_thread(tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens))[0]
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, add_special_tokens: bool

@@ -51,11 +51,9 @@ class Tokenizer:
         return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Ids of each text, in parallel where there are several."""
+        """Ids of each text, in parallel where there are several. Unlike ``encode`` it lets other threads run."""
         for text in texts:
             _check_text(text)
-        if len(texts) == 1:
-            return [self.backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 

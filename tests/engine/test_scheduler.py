@@ -138,6 +138,15 @@ def test_a_fully_cached_prompt_recomputes_one_token_and_does_not_store_it():
     assert tokens_of(items["b"]) == tokens_of(first["a"])[:1]
 
 
+def test_the_next_turn_of_a_conversation_finds_what_was_generated():
+    core = make_core(block_size=4)
+    add(core, "first", list(range(2, 8)), 11, ignore_eos=True)
+    answer = tokens_of(run(core)["first"])
+    prompt = [*range(2, 8), *answer, 9, 9]
+    add(core, "second", prompt)
+    assert run(core)["second"][0].num_cached_tokens == 16  # of 6 + 10 computed tokens; the last was never fed
+
+
 def test_another_salt_shares_nothing():
     core = make_core(block_size=4)
     for request_id, salt in (("a", "x"), ("b", "y"), ("c", "x")):
