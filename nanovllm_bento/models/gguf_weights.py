@@ -82,8 +82,8 @@ def unpermute(values: Tensor, num_heads: int) -> Tensor:
 def dequantize(file: GGUFFile, tensor: GGUFTensor, out: Tensor | None = None) -> Tensor:
     """The tensor's values: float32, or its own type where that is a 16-bit float.
 
-    They are written to ``out`` if that is float32 and the type is quantised, else returned in new memory or as a view
-    of the mapped file, which must not be written to. Raises CheckpointError for a type without a decoder.
+    They are written to ``out`` if that is float32, on the CPU, and the type is quantised, else returned in new memory
+    or as a view of the mapped file, which must not be written to. Raises CheckpointError where there is no decoder.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the mapping is read-only, and nothing here writes to it
@@ -93,7 +93,7 @@ def dequantize(file: GGUFFile, tensor: GGUFTensor, out: Tensor | None = None) ->
         return raw.view(plain).view(tensor.shape)
     decode: Callable[[Tensor, Tensor], None] | None = {2: _q4_0, 3: _q4_1, 8: _q8_0}.get(tensor.kind)
     if decode is not None:
-        if out is None or out.dtype != torch.float32:
+        if out is None or out.dtype != torch.float32 or out.device.type != "cpu":
             out = torch.empty(tensor.shape)
         decode(raw, out.view(-1, 32))
         return out

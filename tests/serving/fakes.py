@@ -48,6 +48,7 @@ class FakeEngine:
         self.reply = reply
         self.tokens_per_step = tokens_per_step
         self.is_ready = True
+        self.failure: str | None = None
         self.hold: asyncio.Event | None = None
         self.dies_after: int | None = None
         self.endless = False
