@@ -4,14 +4,12 @@ Imports neither torch nor transformers. Whatever would make the model compute so
 refused here by name (a rope type, an activation, a quantisation), before any weight is read.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
-from nanovllm_bento.errors import CheckpointError, CorruptFileError, ModelNotFoundError, UnsupportedArchitectureError
+from nanovllm_bento.errors import CheckpointError, UnsupportedArchitectureError
 from nanovllm_bento.layers.rope_config import RopeConfig
 from nanovllm_bento.models.registry import SUPPORTED_ARCHITECTURES, check_architecture
 
@@ -50,7 +48,6 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     hidden_act: str
-    eos_token_ids: tuple[int, ...]
     dtype: DType
     sliding_window: int | None = None
 
@@ -123,41 +120,9 @@ class ModelConfig:
             o_bias=bias and not qwen2,
             mlp_bias=architecture == "LlamaForCausalLM" and bool(d.get("mlp_bias", False)),
             hidden_act=act,
-            eos_token_ids=_eos(d.get("eos_token_id")),
             dtype=_dtype(d.get("dtype") or d.get("torch_dtype") or "bfloat16"),
             sliding_window=_sliding_window(d, architecture, sizes["num_hidden_layers"]),
         )
-
-
-def read_config(source: str | Path) -> ModelConfig:
-    """The config of a checkpoint folder (config.json; end-of-sequence ids of generation_config.json too) or .gguf file.
-
-    Raises ModelNotFoundError if there is none, CorruptFileError if it cannot be read, and what from_dict raises.
-    """
-    path = Path(source)
-    if path.suffix == ".gguf":
-        from nanovllm_bento.models.gguf import read_gguf_config
-
-        return ModelConfig.from_dict(read_gguf_config(path))
-    if not (path / "config.json").is_file():
-        raise ModelNotFoundError(f"{path} holds no config.json; give a checkpoint folder or a .gguf file.")
-    d = read_json(path / "config.json")
-    generation = path / "generation_config.json"
-    if generation.is_file():
-        both = (*_eos(d.get("eos_token_id")), *_eos(read_json(generation).get("eos_token_id")))
-        d["eos_token_id"] = list(dict.fromkeys(both))
-    return ModelConfig.from_dict(d)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises CorruptFileError if it is anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
-        raise CorruptFileError(f"{path} is not readable JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise CorruptFileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
-    return value
 
 
 def _positive_int(d: Mapping[str, Any], name: str) -> int:
@@ -165,15 +130,6 @@ def _positive_int(d: Mapping[str, Any], name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"{name}={value!r} in the config must be a whole number of at least 1.")
     return value
-
-
-def _eos(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    ids = value if isinstance(value, list | tuple) else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise CheckpointError(f"eos_token_id={value!r} in the config must be a token id or a list of them.")
-    return tuple(ids)
 
 
 def _dtype(value: Any) -> DType:

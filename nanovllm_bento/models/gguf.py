@@ -46,7 +46,6 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     rotary_dim = meta.get(f"{arch}.rope.dimension_count") or head_dim
     rope = _rope(file, meta, arch)
     rope["partial_rotary_factor"] = rotary_dim / head_dim
-    eos = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     return {
         "architectures": [_ARCHITECTURES[arch]],
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
@@ -62,7 +61,6 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "eos_token_id": list(dict.fromkeys(i for i in eos if i is not None)),
         "dtype": "bfloat16",
         **_sliding_window(meta, arch),
     }

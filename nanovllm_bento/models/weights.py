@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm_bento.errors import CheckpointError, CorruptFileError, ModelNotFoundError
+from nanovllm_bento.hub import read_json_object
 from nanovllm_bento.layers.weight_spec import WeightSpec
-from nanovllm_bento.models.config import read_json
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_NAMED = 8
@@ -71,7 +71,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
-        shards = read_json(index).get("weight_map")
+        shards = read_json_object(index).get("weight_map")
         if not isinstance(shards, dict) or any(not isinstance(s, str) or Path(s).name != s for s in shards.values()):
             raise CorruptFileError(f"{index} has no weight_map from tensor names to file names.")
         paths = [folder / name for name in sorted(set(shards.values()))]

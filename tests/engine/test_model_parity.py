@@ -10,9 +10,9 @@ import torch
 
 from nanovllm_bento.kernels.attention import select_backend
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
-from nanovllm_bento.models.config import ModelConfig, read_config
+from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.loader import load_model
-from tests.engine.tiny_models import FAMILIES, load_reference, make_tiny
+from tests.engine.tiny_models import FAMILIES, load_reference, make_tiny, read_config
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")

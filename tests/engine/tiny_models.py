@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from nanovllm_bento.hub import load_config_dict, resolve_model
+from nanovllm_bento.models.config import ModelConfig
+
 _SHAPE: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -74,3 +77,8 @@ def load_reference(folder: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def read_config(source: Path) -> ModelConfig:
+    """The config of a checkpoint folder or a .gguf file, as the engine reads it."""
+    return ModelConfig.from_dict(load_config_dict(resolve_model(str(source))))

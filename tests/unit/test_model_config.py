@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from nanovllm_bento.errors import CheckpointError, CorruptFileError, ModelNotFoundError, UnsupportedArchitectureError
-from nanovllm_bento.models.config import ModelConfig, read_config
+from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.gguf import read_gguf_config
+from tests.engine.tiny_models import read_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,7 +30,7 @@ def config(**changes: Any) -> ModelConfig:
 def test_absent_fields_take_the_usual_defaults() -> None:
     c = config()
     assert (c.num_key_value_heads, c.head_dim, c.rope.theta) == (4, 16, 10000.0)
-    assert (c.tie_word_embeddings, c.attention_bias, c.mlp_bias, c.eos_token_ids) == (False, False, False, ())
+    assert (c.tie_word_embeddings, c.attention_bias, c.mlp_bias) == (False, False, False)
     assert c.max_context == 2048
 
 
@@ -54,11 +55,6 @@ def test_linear_and_yarn_stretch_the_context() -> None:
     yarn = config(rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048})
     assert yarn.max_context == 8192
     assert yarn.rope.attention_factor == pytest.approx(0.1 * math.log(4.0) + 1)
-
-
-@pytest.mark.parametrize("eos, wanted", [(None, ()), (2, (2,)), ([2, 7], (2, 7))])
-def test_eos_token_id_may_be_absent_one_or_many(eos: Any, wanted: tuple[int, ...]) -> None:
-    assert config(eos_token_id=eos).eos_token_ids == wanted
 
 
 def test_biases_follow_the_family() -> None:
@@ -90,7 +86,6 @@ def test_a_sliding_window_limits_the_context_if_it_is_in_use() -> None:
         ({"num_hidden_layers": "two"}, "num_hidden_layers='two'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"dtype": "int8"}, "int8"),
-        ({"eos_token_id": "</s>"}, "eos_token_id"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
@@ -104,7 +99,7 @@ def test_an_unknown_architecture_lists_the_known(architectures: Any) -> None:
         config(architectures=architectures)
 
 
-def test_read_config_needs_a_readable_config(tmp_path: Path) -> None:
+def test_a_folder_needs_a_readable_config(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match=r"config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures":')
@@ -142,7 +137,7 @@ def _write_gguf(path: Path, arch: str, **extra: Any) -> Path:
 def test_a_gguf_file_has_a_config(tmp_path: Path) -> None:
     c = read_config(_write_gguf(tmp_path / "m.gguf", "qwen3"))
     assert (c.architecture, c.vocab_size, c.head_dim, c.num_key_value_heads) == ("Qwen3ForCausalLM", 512, 16, 2)
-    assert (c.tie_word_embeddings, c.eos_token_ids, c.max_context) == (True, (2,), 2048)
+    assert (c.tie_word_embeddings, c.max_context) == (True, 2048)
 
 
 def test_a_gguf_file_of_another_architecture_or_rope_is_refused(tmp_path: Path) -> None:
