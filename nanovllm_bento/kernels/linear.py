@@ -1,8 +1,7 @@
 """Matrix products with weights [out_features, in_features].
 
-On a CPU a weight is packed once, after loading, into oneDNN's blocked layout: small batches then stream it at memory
-speed (float32, 2 cores: 20 GB/s against 12 GB/s for the plain layout at 1 to 4 rows, 1.5 times faster at 32 rows, equal
-from 256 rows on).
+On a CPU a weight is packed once, after loading, into oneDNN's blocked layout, which small batches mostly stream faster
+than the plain one (docs/performance.md has both, matrix by matrix).
 """
 
 from functools import cache
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 PACK_ROWS = 32
-"""Batch size that the packed layout is chosen for; this one serves 1 to 1024 rows within a few percent of the best."""
+"""Batch size that the packed layout is chosen for; the same layout serves every batch."""
 
 
 def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
