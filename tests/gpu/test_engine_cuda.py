@@ -6,8 +6,9 @@ from hypothesis import given, settings
 
 from tests.engine.fake_runner import add
 from tests.engine.test_engine_tokens import requests
+from tests.engine.test_model_parity import write_gguf
 from tests.engine.tiny_engines import assert_tokens_depend_on_the_request_alone, make_engine, roomy_and_tight, run_all
-from tests.engine.tiny_models import make_tiny
+from tests.engine.tiny_models import load_reference, make_tiny
 
 FAMILIES = ["qwen3", "qwen2", "llama3", "mistral"]
 
@@ -29,6 +30,18 @@ def test_greedy_tokens_equal_the_cpu(family, tmp_path):
         core = make_engine(folder, device)
         for i, prompt in enumerate(prompts):
             add(core, str(i), prompt, 64, ignore_eos=True, temperature=0.0)
+        results.append(run_all(core))
+    assert results[0] == results[1]
+
+
+def test_a_quantised_gguf_file_gives_the_cpus_tokens(tmp_path):
+    reference = load_reference(make_tiny("llama", tmp_path))
+    path = tmp_path / "model.gguf"
+    write_gguf(reference, path, "llama", quantize=True)
+    results = []
+    for device in ("cpu", "cuda"):
+        core = make_engine(path, device)
+        add(core, "a", list(range(5, 40)), 64, ignore_eos=True, temperature=0.0)
         results.append(run_all(core))
     assert results[0] == results[1]
 
