@@ -58,9 +58,6 @@ class GGUFFile:
         """All metadata, arrays as lists (0.1 s for a vocabulary)."""
         return {k: self.array(k) if isinstance(v, GGUFArray) else v for k, v in self.metadata.items()}
 
-    def close(self) -> None:
-        self.data.close()
-
 
 class _Cursor:
     """Reads GGUF's little-endian values one after the other; struct.error or ValueError beyond the file's end."""

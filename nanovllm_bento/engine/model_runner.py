@@ -54,6 +54,7 @@ class ModelRunner:
         self.vocab_size = model_config.vocab_size
         self.block_size = config.block_size
         self.startup_seconds: dict[str, float] = {}
+        self.max_model_len = self._max_model_len()
 
         started = time.perf_counter()
         self.model = load_model(
@@ -63,6 +64,7 @@ class ModelRunner:
             device=self.torch_device,
             load_format=config.load_format,
             seed=config.seed,
+            max_positions=self.max_model_len,
         )
         self.backend = select_backend(
             config.attention_backend,
@@ -75,7 +77,6 @@ class ModelRunner:
         self.model.set_attention_backend(self.backend)
         self.startup_seconds["load_weights"] = time.perf_counter() - started
 
-        self.max_model_len = self._max_model_len()
         self.num_blocks = self._num_blocks()
         shape = (self.num_blocks, config.block_size, model_config.num_key_value_heads, model_config.head_dim)
         self.kv_caches = [

@@ -80,7 +80,6 @@ class ProcessEngineClient:
         self._ready = asyncio.Event()
         self._gone = asyncio.Event()  # the engine this client is connected to has ended
         self._tasks: list[asyncio.Task[None]] = []
-        self._closing = False
 
     # -- EngineClient -------------------------------------------------------------------------------------------------
 
@@ -108,10 +107,12 @@ class ProcessEngineClient:
         while not self.is_ready:
             if self.failure is not None:
                 raise EngineDeadError(self.failure)
-            await asyncio.wait([asyncio.create_task(self._ready.wait())], timeout=0.1)
+            try:
+                await asyncio.wait_for(self._ready.wait(), timeout=0.1)
+            except TimeoutError:
+                continue
 
     async def close(self) -> None:
-        self._closing = True
         if self._requests:
             self._send(Abort(list(self._requests)))
         for request in self._requests.values():
@@ -216,6 +217,8 @@ class ProcessEngineClient:
                     if request is not None:
                         request.token_ids += item.new_token_ids
                         request.items.put_nowait(item)
+                        if item.finish_reason is not None:  # whether read yet or not, it is not to be added again
+                            del self._requests[item.request_id]
             elif isinstance(message, Heartbeat):
                 self._stats = message.stats
             elif isinstance(message, Ready):
