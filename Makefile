@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 SOURCES := nanovllm_bento scripts tests $(wildcard service.py examples benchmarks deploy)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev venv-bench serve chat test lint types format unit e2e bench doctor bento clean
+.PHONY: help venv venv-dev venv-bench serve chat test kernels lint types format unit e2e bench doctor bento clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -33,6 +33,10 @@ chat: venv  ## talk to the server on PORT=3000
 
 test: lint types  ## lint, types and all tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(MAKE) --no-print-directory kernels
+
+kernels: venv-dev  ## the Triton kernels, in Triton's interpreter on the CPU
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreted $(PYTEST_ARGS)
 
 lint: venv-dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .

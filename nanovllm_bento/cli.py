@@ -349,6 +349,123 @@ def bench_startup(
     write_result(run(command, service_folder(), env, model=model, port=port, repeat=repeat), json_file)
 
 
+@bench_app.command("report")
+@with_settings(EngineConfig)
+def bench_report(
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.md and plots.", file_okay=False)],
+    model: Annotated[str, typer.Option(help="Model, named as for serve.")] = "demo",
+    sections: Annotated[
+        str | None,
+        typer.Option(help="Some of throughput,steps,prefix,ttft,memory,kernels,startup; default: all.", metavar="A,B"),
+    ] = None,
+    num_seqs: Annotated[
+        str | None, typer.Option(help="Numbers of sequences; default: 1,16,64,256, on a CPU 1,4.", metavar="N,N")
+    ] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="KV cache types, one engine each: auto,fp8_e4m3.", metavar="A,B")
+    ] = "auto",
+    repeat: Annotated[int, typer.Option(min=1, help="Throughput runs; the first and the best are reported.")] = 2,
+    seed_max_len: Annotated[
+        int | None, typer.Option(min=100, help="Longest prompt and output of the seed workload; on a CPU 128.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="Another engine's throughput beside ours, NAME=FILE; may be repeated.", metavar="NAME=FILE"),
+    ] = None,
+    quality: Annotated[
+        Path | None, typer.Option(help="JSON to include as the report's section on quality.", dir_okay=False)
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Say that the model's weights are random (dummy ones are known).")
+    ] = False,
+    plots: Annotated[bool, typer.Option(help="Draw plots; they need the extra 'bench'.")] = True,
+    from_file: Annotated[
+        Path | None,
+        typer.Option("--from", help="Measure nothing: write a report.json again, with plots, peers and quality."),
+    ] = None,
+    **settings: Any,
+) -> None:
+    """The evaluation report: speed against the roofline and peers, step times, prefix cache, kernels, memory, start-up.
+
+    Exit status 1 if a section failed.
+    """
+    from nanovllm_bento.bench import compare, report
+    from nanovllm_bento.bench.plots import require_matplotlib
+
+    if plots:
+        require_matplotlib()
+    peers = {}
+    for given in peer or []:
+        name, _, path = given.partition("=")
+        if not name or not path:
+            fail(f"--peer is NAME=FILE, got {given!r}.")
+        peers[name] = compare.read_peer(Path(path))
+    say = Console(stderr=True).print
+    judged = compare.read_result(quality) if quality else None
+    if from_file is not None:
+        result = compare.read_result(from_file)
+        if result.get("benchmark") != "report":
+            fail(f"--from wants a report.json; {from_file} is not one.")
+        result["peers"] = {**result["peers"], **peers}
+        result["quality"] = judged or result["quality"]
+    else:
+        try:
+            counts = [int(n) for n in num_seqs.split(",")] if num_seqs else []
+        except ValueError:
+            counts = [0]
+        if any(n < 1 for n in counts):
+            fail(f"--num-seqs is numbers from 1 with commas between, got {num_seqs!r}.")
+        options = report.Options(
+            model,
+            out,
+            sections=sections.split(",") if sections else report.SECTIONS,
+            num_seqs=counts,
+            kv_cache_dtypes=[compare.kv_name(kind) for kind in kv_cache_dtype.split(",")],
+            repeat=repeat,
+            seed_max_len=seed_max_len,
+            random_weights=random_weights,
+            peers=peers,
+            quality=judged,
+            settings={name: value for name, value in settings.items() if value is not None},
+        )
+        result = report.run_report(options, say=say)
+    for written in report.finish(result, out, plots=plots):
+        say(f"wrote {written}")
+    if failed := report.failed_sections(result):
+        fail(f"failed, in whole or in part: {', '.join(failed)}. The report says why.", status=1)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    old: Annotated[Path, typer.Argument(help="A result: report.json, or of bench offline.")],
+    new: Annotated[Path, typer.Argument(help="Another of the same benchmark.")],
+    threshold: Annotated[str, typer.Option(help="Changes up to this are taken as noise.")] = "3%",
+    fail_on_regression: Annotated[
+        bool, typer.Option("--fail", help="Exit status 1 if a number got worse by more, or is missing.")
+    ] = False,
+) -> None:
+    """Two result files, number by number; regressions are marked."""
+    from nanovllm_bento.bench import compare
+
+    a, b = compare.read_result(old), compare.read_result(new)
+    changes = compare.compare_results(a, b, compare.parse_threshold(threshold))
+    for line in compare.differences(a, b):
+        console.print(f"[yellow]not the same: {line}[/yellow]", highlight=False)
+    table = Table("number", "old", "new", "change", "", box=None)
+    for change in changes:
+        style, said = ("red", "worse") if change.regressed else ("green", "better") if change.improved else ("", "")
+        values = (f"{change.old:,.6g}", f"{change.new:,.6g}", f"{change.change:+.1%}")
+        table.add_row(change.name, *values, said, style=style)
+    console.print(table, highlight=False)
+    missing = compare.lost(a, b)
+    for name in missing:
+        console.print(f"[red]only in {old.name}: {name}[/red]", highlight=False)
+    worse = sum(change.regressed for change in changes)
+    console.print(f"{len(changes)} numbers, {worse} worse by more than {threshold}, {len(missing)} missing.")
+    if fail_on_regression and (worse or missing):
+        raise SystemExit(1)
+
+
 # -- models, doctor ---------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +514,7 @@ def local_models() -> Iterator[tuple[str, str]]:
 def doctor() -> None:
     """What this machine offers and what the engine would choose on it."""
     for name, value in diagnose():
-        console.print(f"[bold]{name:<18}[/bold] {value}", highlight=False)
+        console.print(f"[bold]{name:<22}[/bold] {value}", highlight=False)
 
 
 def diagnose() -> Iterator[tuple[str, str]]:
@@ -405,7 +522,7 @@ def diagnose() -> Iterator[tuple[str, str]]:
     import torch
 
     from nanovllm_bento.bench.environment import cpu, gpu, package_versions
-    from nanovllm_bento.kernels.attention import select_backend
+    from nanovllm_bento.kernels.attention import explain_backends, select_backend
     from nanovllm_bento.kernels.linear import best_cpu_dtype
 
     yield "nanovllm_bento", nanovllm_bento.__version__
@@ -424,12 +541,25 @@ def diagnose() -> Iterator[tuple[str, str]]:
     dtype = torch.bfloat16 if cuda else best_cpu_dtype()
     yield "dtype", f"{dtype} (auto{', the checkpoint decides' if cuda else ', the faster one on this CPU'})"
     block_size = EngineConfig.model_fields["block_size"].default
-    for head_dim in (64, 128):
-        try:
-            backend = select_backend(
-                "auto", head_dim=head_dim, dtype=dtype, kv_dtype=dtype, block_size=block_size, device=device
-            )
-            found = f"{backend.name} (auto)"
-        except NanoVLLMError as error:
-            found = str(error)
-        yield f"attention, {head_dim}", found
+    for kv_dtype in (dtype, torch.float8_e4m3fn) if cuda else (dtype,):
+        for head_dim in (64, 128):
+            case: dict[str, Any] = {
+                "num_heads": 16,
+                "num_kv_heads": 8,
+                "head_dim": head_dim,
+                "dtype": dtype,
+                "kv_dtype": kv_dtype,
+                "block_size": block_size,
+                "device": device,
+            }
+            try:
+                chosen = select_backend("auto", **case)
+                found = f"{chosen.name} (auto)"
+            except NanoVLLMError as error:
+                found = str(error)
+            kv = "" if kv_dtype == dtype else ", fp8 KV"
+            yield f"attention, {head_dim}{kv}", found
+            for name, reason in explain_backends(**case):
+                if reason is not None:
+                    yield "", f"not {name}: {reason}"
+    yield "CUDA graphs", "decode steps, unless enforce_eager" if cuda else "none on a CPU"

@@ -67,8 +67,8 @@ class EngineConfig(_Settings):
     """Longest prompt plus output; None takes the model's own limit (less if the KV cache holds less)."""
     max_num_seqs: int = Field(256, ge=1)
     """Sequences that run at the same time, at most."""
-    max_num_batched_tokens: int = Field(2048, ge=1)
-    """Tokens in one step, at most."""
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    """Tokens in one step, at most; None: 8192 on a GPU, 2048 on a CPU (at least what max_num_seqs needs)."""
     schedule_mode: Literal["two_phase", "mixed"] = "two_phase"
     """two_phase: a step is all prefill or all decode; mixed: decode first, the rest of the budget is prefill."""
     max_consecutive_prefill_steps: int = Field(8, ge=1)
@@ -79,7 +79,8 @@ class EngineConfig(_Settings):
     block_size: int = Field(16, ge=1, le=1024)
     """Tokens in a KV cache block."""
     enable_prefix_caching: bool = True
-    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp8_e4m3"] = "auto"
+    """auto: the model's dtype; fp8_e4m3: half the bytes, with a scale per layer."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     kv_cache_memory_bytes: int | None = Field(None, ge=1)
     """Bytes of KV cache; None: from gpu_memory_utilization, on a CPU a quarter of free memory, 4 GiB at most."""
@@ -89,16 +90,19 @@ class EngineConfig(_Settings):
     tensor_parallel_size: int = Field(1, ge=1, le=8)
     data_parallel_size: int = Field(1, ge=1)
     enforce_eager: bool = False
-    attention_backend: Literal["auto", "torch"] = "auto"
+    """No CUDA graphs."""
+    attention_backend: Literal["auto", "flash_attn", "triton", "torch"] = "auto"
+    """auto: the fastest that works here (``nanovllm-bento doctor`` says which and why)."""
     batch_invariant: bool = False
+    """GPU: a request's tokens are bit-equal whatever else runs and however it was chunked, at some cost in speed."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("tensor_parallel_size", "data_parallel_size"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not supported yet; only 1 is.")
-        if self.batch_invariant:
-            raise ValueError("batch_invariant=True is not supported yet.")
+        if self.max_num_batched_tokens is None:
+            return self
         if self.schedule_mode == "mixed" and self.max_num_batched_tokens <= self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be above max_num_seqs={self.max_num_seqs} "

@@ -95,3 +95,7 @@ class EngineDeadError(EngineError):
 
 class EngineNotReadyError(EngineError):
     """The engine is still starting, or is being restarted."""
+
+
+class DeviceMemoryError(EngineError):
+    """The device has no memory left for a step; the step's requests cannot be finished, the engine goes on."""

@@ -6,15 +6,19 @@ the machine's speed hits both alike.
 """
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nanovllm_bento.bench.environment import environment
 from nanovllm_bento.bench.workloads import Workload, fixed_workload, seed_workload, shared_prefix_len
+
+if TYPE_CHECKING:
+    from nanovllm_bento import LLM
 
 CPU_BATCHES = (1, 8, 32)
 CPU_INPUT_LEN, CPU_OUTPUT_LEN = 64, 48
@@ -37,10 +41,8 @@ class OurEngine:
     name = "nanovllm_bento"
 
     def __init__(self, model: str, **settings: Any) -> None:
-        from nanovllm_bento import LLM
-
         started = time.perf_counter()
-        self.llm = LLM(model, **settings)
+        self.llm = load_llm(model, **settings)
         self.load_seconds = time.perf_counter() - started
 
     def run(self, workload: Workload, *, show_progress: bool = False) -> list[list[int]]:
@@ -287,6 +289,25 @@ def engine_info(engine: OurEngine) -> dict[str, Any]:
     import msgspec
 
     return dict(msgspec.to_builtins(engine.llm.core.info))
+
+
+def load_llm(model: str, **settings: Any) -> "LLM":
+    """An LLM; of a folder without a tokenizer (a config alone, load_format="dummy") one that takes token ids only."""
+    from nanovllm_bento import LLM
+    from nanovllm_bento.config import EngineConfig
+    from nanovllm_bento.engine.core import EngineCore
+    from nanovllm_bento.hub import resolve_model
+
+    class TokenIdsLLM(LLM):
+        def __init__(self, model: str, **engine_args: Any) -> None:
+            self.config = EngineConfig.create(model=model, **engine_args)
+            self.core = EngineCore.from_model(self.config)
+            self.tokenizer = None  # type: ignore[assignment]
+            self._request_ids = itertools.count()
+
+    files = resolve_model(model, settings.get("revision"))
+    bare = files.format == "hf" and not (files.path / "tokenizer.json").is_file()
+    return (TokenIdsLLM if bare else LLM)(model, **settings)
 
 
 def local_files(model: str) -> tuple[str, str | None]:

@@ -133,6 +133,14 @@ class BlockManager:
                 self.published[block_hash] = block
         seq.num_published_blocks = num_full
 
+    def unpublish(self, seq: Sequence) -> None:
+        """Make seq's blocks unfindable: what they hold cannot be trusted."""
+        for block_id in seq.block_table:
+            block = self.blocks[block_id]
+            if block.hash is not None:
+                del self.published[block.hash]
+                block.hash, block.tokens = None, b""
+
     def release(self, seq: Sequence) -> None:
         """Drop seq's blocks. Unpublished ones are reused first; of published ones the end of a prefix goes first."""
         for block_id in reversed(seq.block_table):

@@ -11,14 +11,17 @@ from typing import Protocol, Self
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.block_manager import BlockManager
 from nanovllm_bento.engine.messages import Add, EngineInfo, EngineStats, OutputItem, pack_tokens, unpack_tokens
-from nanovllm_bento.engine.model_runner import ModelRunner
+from nanovllm_bento.engine.model_runner import ModelRunner, choose_device
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.engine.scheduler import Batch, Scheduler
 from nanovllm_bento.engine.sequence import Sequence
-from nanovllm_bento.errors import ConfigError, InvalidRequestError
+from nanovllm_bento.errors import ConfigError, DeviceMemoryError, InvalidRequestError
 from nanovllm_bento.hub import eos_token_ids, load_config_dict, resolve_model
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.sampling_params import SamplingParams
+
+_STEP_TOKENS = {"cuda": 8192, "cpu": 2048}
+"""max_num_batched_tokens where it is not given."""
 
 
 class InFlight(Protocol):
@@ -37,8 +40,11 @@ class Runner(Protocol):
     vocab_size: int
     dtype: str
     device: str
+    kv_cache_dtype: str
+    attention_backend: str
 
-    def launch(self, batch: Batch) -> InFlight: ...
+    def launch(self, batch: Batch) -> InFlight:
+        """Enqueue a step. Raises DeviceMemoryError, with nothing enqueued that matters, if the device has no room."""
 
 
 class EngineCore:
@@ -53,6 +59,7 @@ class EngineCore:
         hash_seed: int | None = None,
         startup_seconds: dict[str, float] | None = None,
     ) -> None:
+        config = _with_step_size(config)
         self.config, self.runner = config, runner
         self.block_manager = BlockManager(
             runner.num_blocks,
@@ -75,6 +82,8 @@ class EngineCore:
             dtype=runner.dtype,
             device=runner.device,
             startup_seconds={} if startup_seconds is None else startup_seconds,
+            kv_cache_dtype=runner.kv_cache_dtype,
+            attention_backend=runner.attention_backend,
         )
         if config.max_model_len is not None and config.max_model_len > self.info.num_cache_tokens:
             raise ConfigError(
@@ -90,6 +99,7 @@ class EngineCore:
         model_config = ModelConfig.from_dict(load_config_dict(files))
         eos = eos_token_ids(files)
         seconds = {"resolve_model": time.perf_counter() - started}
+        config = _with_step_size(config)
         runner = ModelRunner(config, model_config, files)
         seconds |= runner.startup_seconds
         core = cls(config, runner, eos_token_ids=eos, hash_seed=hash_seed, startup_seconds=seconds)
@@ -155,10 +165,21 @@ class EngineCore:
     def step(self) -> list[tuple[Sequence, OutputItem]]:
         """Launch the next step, then collect the one before it. Returns what became known, maybe nothing."""
         batch = self.scheduler.schedule()
-        launched = self.runner.launch(batch) if batch is not None else None
+        launched, failure = None, None
+        if batch is not None:
+            try:
+                launched = self.runner.launch(batch)
+            except DeviceMemoryError as error:
+                failure = error
         collected, self.in_flight = self.in_flight, launched
-        if collected is None:
-            return []
+        outputs = [] if collected is None else self._commit(collected)
+        if failure is not None:
+            assert batch is not None
+            for seq in self.scheduler.fail(batch):
+                outputs.append((seq, OutputItem(seq.request_id, [], "error", error=str(failure))))
+        return outputs
+
+    def _commit(self, collected: InFlight) -> list[tuple[Sequence, OutputItem]]:
         outputs = []
         for seq, token in self.scheduler.commit(collected.batch, collected.wait()):
             if token < 0:
@@ -187,3 +208,11 @@ class EngineCore:
             self.step()
         self.block_manager.enable_prefix_caching = enabled
         self.totals.clear()
+
+
+def _with_step_size(config: EngineConfig) -> EngineConfig:
+    """config with max_num_batched_tokens decided."""
+    if config.max_num_batched_tokens is not None:
+        return config
+    default = _STEP_TOKENS[choose_device(config.device).type]
+    return config.model_copy(update={"max_num_batched_tokens": max(default, 2 * config.max_num_seqs)})

@@ -57,6 +57,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     dtype: str
     device: str
     startup_seconds: dict[str, float]
+    kv_cache_dtype: str = ""
+    attention_backend: str = ""
 
     @property
     def num_cache_tokens(self) -> int:

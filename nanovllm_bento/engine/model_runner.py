@@ -1,29 +1,35 @@
 """Runs a batch on the device: stages its inputs, calls the model, samples, and hands back tokens that may come later.
 
-Per-slot state stays on the device between steps: the last token of each slot, so that a decode row reads its input
-there and no step waits for the host. The host keeps block tables and sampling parameters per slot and updates the rows
-that a batch names. ``launch`` never waits for the device; ``InFlight.wait`` does, for one event.
+Per-slot state stays on the device between steps: the last token of each slot, its block table and its sampling
+parameters. So a decode step on a GPU is one small copy (a slot, a position and a block per row) and a CUDA graph; steps
+with prompt tokens, and all steps on a CPU, run eagerly. ``launch`` never waits for the device; ``InFlight.wait`` does,
+for one event.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
+from torch import Tensor
 
 from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.engine import kv_cache
+from nanovllm_bento.engine.cuda_graphs import DecodeGraph, DecodeGraphs
+from nanovllm_bento.engine.kv_scales import set_kv_scales
 from nanovllm_bento.engine.scheduler import Batch
-from nanovllm_bento.errors import ConfigError
+from nanovllm_bento.errors import ConfigError, DeviceMemoryError
 from nanovllm_bento.hub import ModelFiles
 from nanovllm_bento.kernels.attention import select_backend
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
+from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs, store_tokens
 from nanovllm_bento.kernels.linear import best_cpu_dtype
 from nanovllm_bento.layers.sampler import Sampler
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.loader import load_model
 
-_CPU_CACHE_BYTES = 4 << 30
+KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
 
 @dataclass(slots=True)
@@ -31,7 +37,7 @@ class InFlight:
     """A launched step. ``wait`` blocks until its tokens are on the host and returns one per row of batch.sampled."""
 
     batch: Batch
-    tokens: torch.Tensor
+    tokens: Tensor
     event: torch.cuda.Event | None
 
     def wait(self) -> list[int]:
@@ -48,15 +54,35 @@ class ModelRunner:
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, files: ModelFiles) -> None:
         self.config, self.model_config = config, model_config
-        self.torch_device = _choose_device(config.device)
+        self.torch_device = choose_device(config.device)
+        self.on_gpu = self.torch_device.type == "cuda"
         self.torch_dtype = _choose_dtype(config.dtype, model_config, self.torch_device)
         self.device, self.dtype = str(self.torch_device), str(self.torch_dtype).removeprefix("torch.")
+        self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.torch_dtype)
+        self.kv_cache_dtype = str(self.kv_dtype).removeprefix("torch.")
         self.vocab_size = model_config.vocab_size
         self.block_size = config.block_size
         self.startup_seconds: dict[str, float] = {}
         self.max_model_len = self._max_model_len()
 
         started = time.perf_counter()
+        if self.on_gpu:
+            torch.cuda.init()
+            torch.zeros(1, device=self.torch_device)
+            started = self._phase("cuda_context", started)
+        self.backend = select_backend(
+            config.attention_backend,
+            num_heads=model_config.num_attention_heads,
+            num_kv_heads=model_config.num_key_value_heads,
+            head_dim=model_config.head_dim,
+            dtype=self.torch_dtype,
+            kv_dtype=self.kv_dtype,
+            block_size=config.block_size,
+            device=self.torch_device,
+            batch_invariant=config.batch_invariant,
+        )
+        self.attention_backend = self.backend.name
+        started = self._phase("attention_backend", started)
         self.model = load_model(
             model_config,
             files.path,
@@ -66,30 +92,33 @@ class ModelRunner:
             seed=config.seed,
             max_positions=self.max_model_len,
         )
-        self.backend = select_backend(
-            config.attention_backend,
-            head_dim=model_config.head_dim,
-            dtype=self.torch_dtype,
-            kv_dtype=self.torch_dtype,
-            block_size=config.block_size,
-            device=self.torch_device,
-        )
+        if self.kv_dtype == torch.float8_e4m3fn:
+            set_kv_scales(self.model, model_config, self.torch_dtype, self.torch_device)
         self.model.set_attention_backend(self.backend)
-        self.startup_seconds["load_weights"] = time.perf_counter() - started
+        if config.batch_invariant:
+            if not self.on_gpu:
+                raise ConfigError("batch_invariant=True needs a GPU; on a CPU float32 comes close (dtype='float32').")
+            self.model.set_batch_invariant()
+        started = self._phase("load_weights", started)
 
-        self.num_blocks = self._num_blocks()
-        shape = (self.num_blocks, config.block_size, model_config.num_key_value_heads, model_config.head_dim)
-        self.kv_caches = [
-            (_zeros(shape, self.torch_dtype, self.torch_device), _zeros(shape, self.torch_dtype, self.torch_device))
-            for _ in range(model_config.num_hidden_layers)
-        ]
+        self.num_blocks = kv_cache.num_blocks_that_fit(
+            config, model_config, self.max_model_len, self.kv_dtype, self.torch_device, self._measure
+        )
+        self.kv_caches = kv_cache.allocate(
+            self.num_blocks, model_config, config.block_size, self.kv_dtype, self.torch_device
+        )
         if config.max_model_len is None:
             self.max_model_len = min(self.max_model_len, self.num_blocks * config.block_size)
+        started = self._phase("kv_cache", started)
 
         max_blocks = -(-self.max_model_len // config.block_size)
         self.block_tables = np.zeros((config.max_num_seqs, max_blocks), np.int32)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.torch_device)
         self.sampler = Sampler(config.max_num_seqs, self.torch_device)
+        self.graphs: DecodeGraphs | None = None
+        if self.on_gpu and not config.enforce_eager and self.backend.capturable:
+            self._make_graphs(max_blocks)
+            self._phase("cuda_graphs", started)
 
     def launch(self, batch: Batch) -> InFlight:
         """Enqueue one step. Its tokens feed the next launch on the device, whether or not they were waited for."""
@@ -99,9 +128,98 @@ class ModelRunner:
         for seq in batch.grown:
             self.block_tables[seq.slot, len(seq.block_table) - 1] = seq.block_table[-1]
         with torch.inference_mode():
-            return self._launch(batch)
+            graph = self._find_graph(batch)
+            if graph is not None:
+                return self._launch_graph(batch, graph)
+            try:
+                return self._launch_eager(batch)
+            except torch.OutOfMemoryError:
+                pass  # and let go of the tensors that the exception holds
+            torch.cuda.empty_cache()  # what steps of other sizes left behind may be enough
+            try:
+                return self._launch_eager(batch)  # writes once more what the first try may have written
+            except torch.OutOfMemoryError as error:
+                raise DeviceMemoryError(
+                    f"The GPU has no memory left for a step of {batch.num_tokens} tokens. Lower gpu_memory_utilization "
+                    "or max_num_batched_tokens, or end what else uses this GPU."
+                ) from error
 
-    def _launch(self, batch: Batch) -> InFlight:
+    # -- decode by CUDA graph ---------------------------------------------------------------------------------------
+
+    def _make_graphs(self, max_blocks: int) -> None:
+        config, device = self.config, self.torch_device
+        self.device_tables = torch.zeros(config.max_num_seqs, max_blocks, dtype=torch.int32, device=device)
+        self.static = DecodeInputs.allocate(config.max_num_seqs, max_blocks, device)
+        self.static_rows = torch.full((config.max_num_seqs, 3), -1, dtype=torch.int32, device=device)
+        self.query_starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
+        self.logits = torch.empty(config.max_num_seqs, self.vocab_size, dtype=self.torch_dtype, device=device)
+        self.graphs = DecodeGraphs(config.max_num_seqs, self._decode_logits, self._decode_tokens)
+        with torch.inference_mode():
+            self.graphs.capture()
+
+    def _decode_logits(self, size: int) -> Tensor:
+        """The captured part up to the logits: [size, vocab_size], of the first ``size`` static rows."""
+        rows = self.static.rows(size)
+        decode_inputs(self.static_rows[:size], self.device_tables, self.last_tokens, rows, self.block_size)
+        meta = AttentionMetadata(
+            query_start_loc=self.query_starts[: size + 1],
+            seq_lens=rows.seq_lens,
+            block_table=rows.block_table,
+            slot_mapping=rows.slot_mapping,
+            max_query_len=1,
+            max_seq_len=self.max_model_len,
+            num_decode_rows=size,
+        )
+        self.backend.prepare(meta)
+        hidden = self.model(rows.input_ids, rows.positions, self.kv_caches, meta)
+        return self.model.compute_logits(hidden, self.logits[:size])
+
+    def _decode_tokens(self, logits: Tensor, filtered: bool) -> Tensor:
+        """The captured part from the logits on: int64 [size]; they also become their slots' last tokens."""
+        rows = self.static.rows(len(logits))
+        tokens = self.sampler.sample_device(logits, rows.slots, rows.next_positions, filtered)
+        store_tokens(tokens, rows.slots, self.last_tokens)
+        return tokens
+
+    def _find_graph(self, batch: Batch) -> DecodeGraph | None:
+        """The graph that can run a batch: one token a row, be it that of a prompt whose other tokens are cached."""
+        if self.graphs is None or any(chunk.end - chunk.start > 1 or not chunk.samples for chunk in batch.prefill):
+            return None
+        num_rows = len(batch.sampled)
+        return self.graphs.find(num_rows) if num_rows <= self.config.max_num_seqs else None
+
+    def _launch_graph(self, batch: Batch, graph: DecodeGraph) -> InFlight:
+        count = len(batch.sampled)
+        slots = np.array([seq.slot for seq in batch.sampled], np.int32)
+        positions = np.array([*batch.positions, *(chunk.start for chunk in batch.prefill)], np.int32)
+        blocks = self.block_tables[slots, positions // self.block_size]
+        if batch.prefill:
+            blocks[len(batch.decode) :][[chunk.start < chunk.store_from for chunk in batch.prefill]] = -1
+            self._enter_prompts(batch)
+        staged = torch.empty(graph.size, 3, dtype=torch.int32, pin_memory=True)
+        rows = staged.numpy()
+        rows[:count, 0], rows[:count, 1], rows[:count, 2] = slots, positions, blocks
+        rows[count:] = -1
+        self.static_rows[: graph.size].copy_(staged, non_blocking=True)
+        self.sampler.flush()
+        graph.forward.replay()
+        self.sampler.ban(graph.logits, _banned(batch, positions + 1))
+        sample, tokens = graph.sample[self.sampler.needs_filter(slots)]
+        sample.replay()
+        return self._to_host(batch, tokens[:count])
+
+    def _enter_prompts(self, batch: Batch) -> None:
+        """Give the device the block tables and the tokens to feed of prompts that join as decode rows."""
+        slots = np.array([chunk.seq.slot for chunk in batch.prefill])
+        width = -(-max(chunk.end for chunk in batch.prefill) // self.block_size)
+        on_device = self._put(slots)
+        self.device_tables[:, :width].index_copy_(0, on_device, self._put(self.block_tables[slots, :width]))
+        tokens = np.array([chunk.seq.token_ids[chunk.start] for chunk in batch.prefill])
+        self.last_tokens.index_copy_(0, on_device, self._put(tokens))
+
+    # -- eager steps ------------------------------------------------------------------------------------------------
+
+    def _launch_eager(self, batch: Batch) -> InFlight:
         size, num_decode = self.block_size, len(batch.decode)
         # Decode rows first: one token each.
         slots = [seq.slot for seq in batch.decode]
@@ -128,10 +246,14 @@ class ModelRunner:
 
         all_positions = np.concatenate(positions)
         max_seq_len = max(seq_lens)
+        width = -(-max_seq_len // size)
+        table, device_slots = self._put(self.block_tables[slots, :width]), self._put(np.array(slots, np.int64))
+        if self.graphs is not None:
+            self.device_tables[:, :width].index_copy_(0, device_slots, table)  # what later decode steps read
         meta = AttentionMetadata(
             query_start_loc=self._put(np.cumsum([0, *query_lens], dtype=np.int32)),
             seq_lens=self._put(np.array(seq_lens, np.int32)),
-            block_table=self._put(self.block_tables[slots, : -(-max_seq_len // size)]),
+            block_table=table,
             slot_mapping=self._put(np.concatenate(slot_mapping)),
             max_query_len=max(query_lens),
             max_seq_len=max_seq_len,
@@ -140,27 +262,24 @@ class ModelRunner:
         self.backend.prepare(meta)
         input_ids = self._put(np.array(prompt_ids, np.int64))
         if num_decode:
-            decode_ids = self.last_tokens[self._put(np.array(slots[:num_decode], np.int64))]
-            input_ids = torch.cat([decode_ids, input_ids])
+            input_ids = torch.cat([self.last_tokens[device_slots[:num_decode]], input_ids])
         hidden = self.model(input_ids, self._put(all_positions), self.kv_caches, meta)
         return self._sample(batch, hidden, np.array(sampled_rows, np.int64), all_positions)
 
-    def _sample(self, batch: Batch, hidden: torch.Tensor, rows: np.ndarray, positions: np.ndarray) -> InFlight:
+    def _sample(self, batch: Batch, hidden: Tensor, rows: np.ndarray, positions: np.ndarray) -> InFlight:
         if not batch.sampled:
             return InFlight(batch, torch.empty(0, dtype=torch.int64), None)
         if len(rows) < len(hidden):
             hidden = hidden[self._put(rows)]
         logits = self.model.compute_logits(hidden)
         new_positions = positions[rows] + 1
-        banned = [
-            (row, list(seq.stop_token_ids))
-            for row, seq in enumerate(batch.sampled)
-            if seq.sampling.min_tokens and new_positions[row] < seq.min_total_tokens and seq.stop_token_ids
-        ]
         slots = np.array([seq.slot for seq in batch.sampled], np.int64)
-        tokens = self.sampler(logits, slots, new_positions, banned)
+        tokens = self.sampler(logits, slots, new_positions, _banned(batch, new_positions))
         self.last_tokens[self._put(slots)] = tokens.clamp(min=0)
-        if self.torch_device.type == "cpu":
+        return self._to_host(batch, tokens)
+
+    def _to_host(self, batch: Batch, tokens: Tensor) -> InFlight:
+        if not self.on_gpu:
             return InFlight(batch, tokens, None)
         on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         on_host.copy_(tokens, non_blocking=True)
@@ -168,11 +287,76 @@ class ModelRunner:
         event.record()
         return InFlight(batch, on_host, event)
 
-    def _put(self, values: np.ndarray) -> torch.Tensor:
+    def _put(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
-        if self.torch_device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.torch_device, non_blocking=True)
+        return tensor.pin_memory().to(self.torch_device, non_blocking=True) if self.on_gpu else tensor
+
+    # -- sizes ------------------------------------------------------------------------------------------------------
+
+    def _measure(self) -> kv_cache.MemoryUse:
+        """Run the largest steps there can be, with a cache that one layer's worth of blocks stands in for."""
+        config, device = self.config, self.torch_device
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        weights = torch.cuda.memory_allocated(device)
+        num_tokens = config.max_num_batched_tokens
+        assert num_tokens is not None
+        longest = min(num_tokens, self.max_model_len)
+        lens = [longest] * (num_tokens // longest) + ([num_tokens % longest] if num_tokens % longest else [])
+        try:
+            prefill = self._peak(lambda: self._dummy_step(lens, min(len(lens), config.max_num_seqs)))
+            decode = self._peak(lambda: self._dummy_step([1] * config.max_num_seqs, config.max_num_seqs))
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"a step of max_num_batched_tokens={num_tokens} tokens with max_num_seqs={config.max_num_seqs} does "
+                f"not fit the GPU beside the model's weights ({weights / 2**30:.2f} GiB); {free / 2**30:.2f} GiB were "
+                "free. Lower max_num_batched_tokens or max_num_seqs, or use a smaller model."
+            ) from error
+        torch.cuda.empty_cache()
+        graphs = 0 if config.enforce_eager or not self.backend.capturable else kv_cache.graph_reserve(decode)
+        # Activations of an eager step with all rows sampled: more than either alone.
+        return kv_cache.MemoryUse(total, free, weights, max(prefill, decode), graphs)
+
+    def _dummy_step(self, lens: list[int], num_sampled: int) -> None:
+        size = self.block_size
+        width = -(-max(lens) // size)
+        shape = (width, size, self.model_config.num_key_value_heads, self.model_config.head_dim)
+        cache = [torch.zeros(shape, dtype=self.kv_dtype, device=self.torch_device) for _ in range(2)]
+        decode = max(lens) == 1
+        meta = AttentionMetadata(
+            query_start_loc=self._put(np.cumsum([0, *lens], dtype=np.int32)),
+            seq_lens=self._put(np.array(lens, np.int32)),
+            block_table=self._put(np.tile(np.arange(width, dtype=np.int32), (len(lens), 1))),
+            slot_mapping=self._put(np.full(sum(lens), -1, np.int64)),
+            max_query_len=max(lens),
+            max_seq_len=max(lens),
+            num_decode_rows=len(lens) if decode else 0,
+        )
+        self.backend.prepare(meta)
+        ids = self._put(np.zeros(sum(lens), np.int64))
+        positions = self._put(np.concatenate([np.arange(n) for n in lens]))
+        caches = [(cache[0], cache[1])] * self.model_config.num_hidden_layers
+        hidden = self.model(ids, positions, caches, meta)
+        logits = self.model.compute_logits(hidden[:num_sampled])
+        sampler = Sampler(num_sampled, self.torch_device)
+        sampler(logits, np.arange(num_sampled), np.zeros(num_sampled, np.int64), [])
+
+    def _peak(self, step: Callable[[], None]) -> int:
+        """Bytes that ``step`` needs at most beyond what was allocated before."""
+        before = torch.cuda.memory_allocated(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        with torch.inference_mode():
+            step()
+        torch.cuda.synchronize(self.torch_device)
+        return torch.cuda.max_memory_allocated(self.torch_device) - before
+
+    def _phase(self, name: str, started: float) -> float:
+        """Note a start-up phase's seconds; returns now."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.torch_device)
+        now = time.perf_counter()
+        self.startup_seconds[name] = now - started
+        return now
 
     def _max_model_len(self) -> int:
         limit, wanted = self.model_config.max_context, self.config.max_model_len
@@ -182,31 +366,18 @@ class ModelRunner:
             )
         return limit if wanted is None else wanted
 
-    def _num_blocks(self) -> int:
-        config, mc = self.config, self.model_config
-        if config.num_gpu_blocks_override is not None:
-            return config.num_gpu_blocks_override
-        token_bytes = 2 * mc.num_hidden_layers * mc.num_key_value_heads * mc.head_dim * self.torch_dtype.itemsize
-        block_bytes = config.block_size * token_bytes
-        if config.kv_cache_memory_bytes is not None:
-            budget = config.kv_cache_memory_bytes
-        elif self.torch_device.type == "cpu":
-            budget = min(psutil.virtual_memory().available // 4, _CPU_CACHE_BYTES)
-        else:
-            free, total = torch.cuda.mem_get_info(self.torch_device)
-            budget = int(free - (1 - config.gpu_memory_utilization) * total)
-        # More than every running sequence at its longest is never used.
-        useful = config.max_num_seqs * -(-self.max_model_len // config.block_size)
-        num_blocks = min(budget // block_bytes, useful)
-        if num_blocks < 1:
-            raise ConfigError(
-                f"{budget} bytes of KV cache hold no block of {config.block_size} tokens ({block_bytes} bytes). "
-                "Give it more memory (kv_cache_memory_bytes, gpu_memory_utilization) or choose a smaller block_size."
-            )
-        return int(num_blocks)
+
+def _banned(batch: Batch, new_positions: np.ndarray) -> list[tuple[int, list[int]]]:
+    """(row, token ids) that must not be sampled there: ends before min_tokens."""
+    return [
+        (row, list(seq.stop_token_ids))
+        for row, seq in enumerate(batch.sampled)
+        if seq.sampling.min_tokens and new_positions[row] < seq.min_total_tokens and seq.stop_token_ids
+    ]
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device that setting ``device`` names; raises ConfigError if it is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no GPU here. Use device='cpu' or 'auto'.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -219,11 +390,3 @@ def _choose_dtype(name: str, model_config: ModelConfig, device: torch.device) ->
         return best_cpu_dtype()
     dtype: torch.dtype = getattr(torch, model_config.dtype)
     return torch.bfloat16 if dtype == torch.float32 else dtype
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU as pages that exist once they are written, so that a large cache costs nothing at start."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)

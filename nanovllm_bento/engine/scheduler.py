@@ -57,7 +57,8 @@ class Scheduler:
     """Holds every unfinished sequence: waiting (a heap by priority and arrival), prefilling or decoding."""
 
     def __init__(self, config: EngineConfig, block_manager: BlockManager) -> None:
-        self.config = config
+        assert config.max_num_batched_tokens is not None, "the core decides it"
+        self.config, self.max_num_batched_tokens = config, config.max_num_batched_tokens
         self.block_manager = block_manager
         self.sequences: dict[str, Sequence] = {}
         self.waiting: list[tuple[tuple[int, int], Sequence]] = []
@@ -159,7 +160,7 @@ class Scheduler:
 
     def _schedule_prefill(self, batch: Batch) -> None:
         """Spend what is left of the budget on prompts: those begun first, then waiting ones in order."""
-        budget = self.config.max_num_batched_tokens - len(batch.decode)
+        budget = self.max_num_batched_tokens - len(batch.decode)
         for seq in list(self.prefilling):
             if budget == 0:
                 return
@@ -245,6 +246,19 @@ class Scheduler:
             self.ended = still_read
         return committed
 
+    def fail(self, batch: Batch) -> list[Sequence]:
+        """Give up a batch that could not be launched: its sequences end with "error". Returns them.
+
+        It is the newest step, and every step before it is committed.
+        """
+        assert batch.step == self.step == self.committed_step + 1
+        self.committed_step = batch.step
+        sequences = [*batch.decode, *(chunk.seq for chunk in batch.prefill)]
+        failed = [seq for seq in sequences if seq.finish_reason is None]
+        for seq in failed:
+            self._end(seq, "error")
+        return failed
+
     def _end(self, seq: Sequence, reason: str) -> None:
         seq.finish_reason = reason
         del self.sequences[seq.request_id]
@@ -258,7 +272,9 @@ class Scheduler:
             self.ended.append((self.step, seq))
 
     def _free(self, seq: Sequence) -> None:
-        if seq.finish_reason != "error":  # else it may have computed NaN
+        if seq.finish_reason == "error":
+            self.block_manager.unpublish(seq)  # they may hold NaN, or were never written
+        else:
             self.block_manager.publish(seq)  # what it decoded, all at once: cheaper than block by block
         self.block_manager.release(seq)
         self.free_slots.append(seq.slot)

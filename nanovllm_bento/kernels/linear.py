@@ -13,12 +13,30 @@ PACK_ROWS = 32
 """Batch size that the packed layout is chosen for; the same layout serves every batch."""
 
 
-def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, packed: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias; x: [rows, in_features]. ``packed``, from pack_weight, is used instead of weight if given."""
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    packed: Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x @ weight.T + bias; x: [rows, in_features]. ``packed``, from pack_weight, is used instead of weight if given.
+
+    batch_invariant (GPU only): a row's result is bit-equal whatever rows are beside it. out: where to write the result,
+    [rows, out_features] (GPU only, without bias).
+    """
     if packed is not None:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return out
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return product
     assert weight is not None
+    if batch_invariant:
+        from nanovllm_bento.kernels.linear_triton import invariant_linear
+
+        return invariant_linear(x, weight, bias, out)
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out)
     return torch.nn.functional.linear(x, weight, bias)
 
 

@@ -1,7 +1,6 @@
 """Per-head RMSNorm of q and k, rotary embedding, and the write of k and v into the paged cache, as one operation.
 
-What all layers of a step share (cos and sin of its positions, where its tokens are stored) is a RopeStoreStep, made
-once a step.
+What all layers of a step share (its tokens' positions, and where they are stored) is a RopeStoreStep, made once a step.
 """
 
 from dataclasses import dataclass
@@ -9,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FP8_MAX = 448.0  # the largest finite float8_e4m3fn
+
 
 @dataclass(slots=True)
-class RopeStoreStep:
-    """cos, sin: float32 [num_tokens, 1, head_dim], the sine's first half negated (see rotate below).
+class ReferenceRows:
+    """What the reference looks up once a step.
 
+    cos, sin: float32 [num_tokens, 1, head_dim], the sine's first half negated (see rotate below).
     slots: int64 [num_stored], flat cache slots. tokens: int64 [num_stored], which token each slot takes its key and
     value from; None: all of them in order.
     """
@@ -24,17 +26,24 @@ class RopeStoreStep:
     tokens: Tensor | None
 
 
-def make_step(cos_sin: Tensor, slot_mapping: Tensor) -> RopeStoreStep:
-    """cos_sin: float32 [num_tokens, head_dim], the step's rows of the rotary cache, cosines in the first half.
+@dataclass(slots=True)
+class RopeStoreStep:
+    """The arguments of make_step, and on the CPU the reference's rows of them."""
 
-    slot_mapping: int64 [num_tokens]; -1: that token's key and value are not stored.
+    table: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    rows: ReferenceRows | None
+
+
+def make_step(table: Tensor, positions: Tensor, slot_mapping: Tensor) -> RopeStoreStep:
+    """table: float32 [num_positions, head_dim], the rotary table, cosines in the first half, sines in the second.
+
+    positions: int64 [num_tokens]. slot_mapping: int64 [num_tokens], flat cache slots; -1: that token's key and value
+    are not stored. On CUDA nothing is launched and nothing is copied: the kernel reads these very tensors.
     """
-    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
-    tokens = None
-    if slot_mapping.numel() and int(slot_mapping.min()) < 0:
-        tokens = (slot_mapping >= 0).nonzero().squeeze(1)
-        slot_mapping = slot_mapping[tokens]
-    return RopeStoreStep(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), slot_mapping, tokens)
+    rows = None if table.is_cuda else _reference_rows(table, positions, slot_mapping)
+    return RopeStoreStep(table, positions, slot_mapping, rows)
 
 
 def qk_norm_rope_store(
@@ -45,15 +54,24 @@ def qk_norm_rope_store(
     num_heads: int,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
-    """qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], heads of q, then k, then v.
+    """qkv: contiguous [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], heads of q, then k, then v.
 
-    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], written at step.slots. norm_weight: None or
-    [num_heads + num_kv_heads, head_dim], the RMSNorm weight of each query and key head. Rotation pairs element i with
-    i + head_dim / 2 (GPT-NeoX order). Returns q [num_tokens, num_heads, head_dim] in qkv's dtype; qkv's value part is
-    untouched.
+    k_cache, v_cache: contiguous [num_blocks, block_size, num_kv_heads, head_dim] of any floating dtype, written at
+    slot_mapping. If it is float8_e4m3fn, k / k_scale and v / v_scale are stored, clamped to ±448 and rounded to
+    nearest; the scales have no meaning otherwise. norm_weight: None or [num_heads + num_kv_heads, head_dim], the
+    RMSNorm weight of each query and key head. Rotation pairs element i with i + head_dim / 2 (GPT-NeoX order).
+    Returns q [num_tokens, num_heads, head_dim] in qkv's dtype; qkv's value part is untouched.
+
+    Rounded to qkv's dtype: the normalised value, its product with the weight, and the rotated value.
     """
-    return qk_norm_rope_store_reference(qkv, step, k_cache, v_cache, num_heads, norm_weight, eps)
+    if qkv.is_cuda:
+        from nanovllm_bento.kernels.rope_store_triton import qk_norm_rope_store as on_cuda
+
+        return on_cuda(qkv, step, k_cache, v_cache, num_heads, norm_weight, eps, k_scale, v_scale)
+    return qk_norm_rope_store_reference(qkv, step, k_cache, v_cache, num_heads, norm_weight, eps, k_scale, v_scale)
 
 
 def qk_norm_rope_store_reference(
@@ -64,7 +82,10 @@ def qk_norm_rope_store_reference(
     num_heads: int,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> Tensor:
+    assert step.rows is not None, "the reference wants a step made of CPU tensors"
     num_kv_heads, head_dim = k_cache.shape[-2:]
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
     qk, v = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
@@ -72,10 +93,26 @@ def qk_norm_rope_store_reference(
         qk = torch.nn.functional.rms_norm(qk.float(), (head_dim,), None, eps).to(qkv.dtype).mul_(norm_weight)
     qk = qk.float()
     # rotate: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); the roll swaps the halves, sin carries the sign
-    qk = torch.addcmul(qk * step.cos, qk.roll(head_dim // 2, -1), step.sin).to(qkv.dtype)
+    qk = torch.addcmul(qk * step.rows.cos, qk.roll(head_dim // 2, -1), step.rows.sin).to(qkv.dtype)
     q, k = qk[:, :num_heads], qk[:, num_heads:]
-    if step.tokens is not None:
-        k, v = k[step.tokens], v[step.tokens]
-    k_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, step.slots, k.to(k_cache.dtype))
-    v_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, step.slots, v.to(v_cache.dtype))
+    _store(k, step.rows, k_cache, k_scale)
+    _store(v, step.rows, v_cache, v_scale)
     return q
+
+
+def _reference_rows(table: Tensor, positions: Tensor, slot_mapping: Tensor) -> ReferenceRows:
+    cos, sin = table.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    tokens = None
+    if slot_mapping.numel() and int(slot_mapping.min()) < 0:
+        tokens = (slot_mapping >= 0).nonzero().squeeze(1)
+        slot_mapping = slot_mapping[tokens]
+    return ReferenceRows(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1), slot_mapping, tokens)
+
+
+def _store(x: Tensor, rows: ReferenceRows, cache: Tensor, scale: float) -> None:
+    if rows.tokens is not None:
+        x = x[rows.tokens]
+    if cache.dtype == torch.float8_e4m3fn:
+        x = (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(cache.dtype).view(torch.uint8)
+        cache = cache.view(torch.uint8)  # index_copy_ knows no float8
+    cache.view(-1, *cache.shape[-2:]).index_copy_(0, rows.slots, x.to(cache.dtype))

@@ -1,61 +1,98 @@
 """Choosing tokens from logits: temperature, top-k, top-p, min-p, then the Gumbel-max trick with counter-based noise.
 
-The noise of vocabulary entry v is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)
-keyed by the request's seed and counted by (v, position of the token in its sequence). So a request's tokens depend on
-its logits and its seed alone: not on the batch, its row, or whether it was preempted and resumed.
+The noise is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) keyed by the request's
+seed: vocabulary entry v at a position of its sequence takes output word v % 4 of counter (v // 4, position, 0, 0). So a
+request's tokens depend on its logits and its seed alone: not on the batch, its row, or whether it was preempted.
 
-Here: the PyTorch reference and its dispatch. The token is argmax(logit / temperature + gumbel(noise)), which draws
-from the softmax exactly (Gumbel 1954). As the noise is bounded (23 bits), an entry more than 19.5 below the row's best
-cannot win, and the reference draws noise for the others alone.
+The token is argmax(logit / temperature + gumbel(noise)), which draws from the softmax exactly (Gumbel 1954). Below a
+temperature of 1e-5 it is the first of the largest logits, without noise, and filters have no effect.
+
+Here: the PyTorch reference and the dispatch; sample_triton.py says how the GPU does it without a sort.
 """
 
 import numpy as np
 import torch
 
+from nanovllm_bento.kernels.launch import use_pdl
+
+MIN_TEMPERATURE = 1e-5
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 # u is in [2^-24, 1 - 2^-24], so gumbel(u) is in [-2.82, 16.64].
 _MAX_GUMBEL_SPREAD = 19.5
 
+# A slot's parameters, as rows of one table that host and device share: on the device int32 [max_num_seqs, 8]. `slot` is
+# the row's own number, so that an upload of some rows says where they go.
+SLOT_DTYPE = np.dtype(
+    [("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4"), ("top_k", "i4"), ("seed", "i8"), ("slot", "i8")]
+)
 
-def philox_uniform(seed: torch.Tensor, position: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Uniform float32 in (0, 1): seed (int64, its 64 bits), position and index (int64), broadcast together.
 
-    Philox4x32-10 with counter (index, position, 0, 0), the seed as key; the first output word's top 23 bits, centred.
-    """
-    seed, position, index = torch.broadcast_tensors(seed, position, index)
-    c0, c1 = index & _MASK, position & _MASK
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+def new_slot_table(max_num_seqs: int) -> np.ndarray:
+    """Greedy parameters for every slot: SLOT_DTYPE [max_num_seqs]."""
+    table = np.zeros(max_num_seqs, SLOT_DTYPE)
+    table["top_p"] = 1.0
+    table["slot"] = np.arange(max_num_seqs)
+    return table
+
+
+def slot_words(rows: np.ndarray) -> torch.Tensor:
+    """Rows of a slot table (SLOT_DTYPE [n], contiguous) as the device holds them: int32 [n, 8], the same memory."""
+    return torch.from_numpy(rows.view(np.int32).reshape(len(rows), -1))
+
+
+def philox(
+    seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Philox4x32-10's four output words. All int64: seed's 64 bits are the key, of the counters the low 32 count."""
+    c0, c1, c2, c3 = c0 & _MASK, c1 & _MASK, c2 & _MASK, c3 & _MASK
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         product0, product1 = c0 * _M0, c2 * _M1  # 64-bit wrap-around keeps all bits; shifts are masked
         c0, c2 = ((product1 >> 32) & _MASK) ^ c1 ^ k0, ((product0 >> 32) & _MASK) ^ c3 ^ k1
         c1, c3 = product1 & _MASK, product0 & _MASK
         k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
-    return ((c0 >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return c0, c1, c2, c3
 
 
-def filter_logits(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Set to -inf what top-k, then top-p (on what is left), then min-p exclude. logits: float32 [n, vocab], scaled.
+def noise(seed: torch.Tensor, position: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Uniform float32 [n, 4] in (0, 1) of entries 4 * group + (0, 1, 2, 3): a word's top 23 bits, centred.
 
-    top_k: int64 [n], 0 keeps all; top_p, min_p: float32 [n]. Entries equal to the last one that stays are kept by the
-    order of a stable sort, so exactly top_k stay.
+    seed (its 64 bits), position, group: int64 [n].
+    """
+    zero = torch.zeros_like(group)
+    words = torch.stack(philox(seed, group, position, zero, zero), dim=-1)
+    return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def filter_logits(
+    logits: torch.Tensor,
+    inverse_temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+) -> torch.Tensor:
+    """Set to -inf what top-k, then top-p (on what is left), then min-p exclude. logits: float32 [n, vocab].
+
+    inverse_temperature, top_p, min_p: float32 [n]; top_k: int [n], 0 keeps all. An entry passes top-p if the mass of
+    everything before it is below top_p. Equal logits come in the order of their ids, so exactly top_k pass.
     """
     vocab_size = logits.shape[-1]
+    best, inverse = logits.amax(dim=-1, keepdim=True), inverse_temperature[:, None]
+    floor = torch.where(min_p > 0, min_p, 0).log()[:, None]  # for logits relative to the best; -inf keeps all
     needs_sort = (top_k > 0) & (top_k < vocab_size) | (top_p < 1.0)
     if bool(needs_sort.any()):
         values, order = logits.sort(dim=-1, descending=True, stable=True)
         ranks = torch.arange(vocab_size, device=logits.device)
         k = torch.where(top_k > 0, top_k, vocab_size)
         values = values.masked_fill(ranks >= k[:, None], -torch.inf)
-        probs = values.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs  # the mass of everything more likely
+        probs = ((values - best) * inverse).softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs
         values = values.masked_fill((before >= top_p[:, None]) & (top_p < 1.0)[:, None] & (ranks > 0), -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, order, values)
     if bool((min_p > 0).any()):
-        floor = logits.amax(dim=-1, keepdim=True) + min_p[:, None].log()
-        logits = logits.masked_fill(logits < floor, -torch.inf)
+        logits = logits.masked_fill((logits - best) * inverse < floor, -torch.inf)
     return logits
 
 
@@ -68,37 +105,72 @@ def sample_reference(
     seed: torch.Tensor,
     position: torch.Tensor,
 ) -> torch.Tensor:
-    """One token per row: int64 [n]; -1 where the logits hold NaN. logits: float32 [n, vocab]; the rest: [n].
+    """One token per row: int64 [n]; -1 where logits hold NaN or the largest, over temperature, is not finite.
 
-    temperature 0 is greedy (the first of equal maxima). seed, position: int64; see the module's docstring.
+    logits: float32 [n, vocab]; the rest [n]: seed, position int64, top_k int, others float32. The module says the rule.
     """
     best, greedy = logits.max(dim=-1)
-    invalid = best.isnan() | best.isinf()
+    sampled = temperature >= MIN_TEMPERATURE
+    inverse = torch.where(sampled, temperature.reciprocal(), 1.0)
+    invalid = ~(best * inverse).isfinite()
     tokens = greedy.clone()
-    rows = torch.nonzero((temperature > 0) & ~invalid).flatten()
+    rows = torch.nonzero(sampled & ~invalid).flatten()
     if rows.numel():
-        # Subtracting the maximum first keeps tiny temperatures finite.
-        scaled = (logits[rows] - best[rows, None]) / temperature[rows, None]
-        scaled = filter_logits(scaled, top_k[rows], top_p[rows], min_p[rows])
-        row, index = torch.nonzero(scaled >= -_MAX_GUMBEL_SPREAD, as_tuple=True)
-        u = philox_uniform(seed[rows][row], position[rows][row], index)
+        inverse = inverse[rows]
+        scaled = filter_logits(logits[rows], inverse, top_k[rows], top_p[rows], min_p[rows]) * inverse[:, None]
+        scaled = torch.nn.functional.pad(scaled, (0, -scaled.shape[-1] % 4), value=-torch.inf).view(len(rows), -1, 4)
+        # As the noise is bounded, entries too far below the best cannot win: noise for the other groups alone.
+        in_reach = (scaled >= (best[rows] * inverse - _MAX_GUMBEL_SPREAD)[:, None, None]).any(dim=-1)
+        row, group = torch.nonzero(in_reach, as_tuple=True)
+        u = noise(seed[rows][row], position[rows][row], group)
         noisy = torch.full_like(scaled, -torch.inf)
-        noisy[row, index] = scaled[row, index] - torch.log(-torch.log(u))
-        tokens[rows] = noisy.argmax(dim=-1)
+        noisy[row, group] = scaled[row, group] - torch.log(-torch.log(u))
+        tokens[rows] = noisy.flatten(1).argmax(dim=-1)
     return tokens.masked_fill(invalid, -1)
 
 
-def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seed: torch.Tensor,
-    position: torch.Tensor,
+def sample_rows_reference(
+    logits: torch.Tensor, slot_params: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Dispatch; arguments and result as in ``sample_reference``."""
-    return sample_reference(logits, temperature, top_k, top_p, min_p, seed, position)
+    """``sample_rows`` in PyTorch; it reads each row's parameters, so it needs no ``filtered``."""
+    words = slot_params[slots.clamp(min=0).long()]
+    floats, longs = words.view(torch.float32), words.view(torch.int64)
+    tokens = sample_reference(
+        logits.float(), floats[:, 0], words[:, 3], floats[:, 1], floats[:, 2], longs[:, 2], positions
+    )
+    return tokens.masked_fill(slots < 0, 0)
+
+
+def sample_rows(
+    logits: torch.Tensor,
+    slot_params: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    filtered: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One token per row: int64 [n], as ``sample_reference``; 0 in padding rows. A CUDA graph can hold it.
+
+    logits: bf16, fp16 or float32 [n, vocab], rows contiguous. slot_params: int32 [max_num_seqs, 8] (``slot_words``).
+    slots: int32 or int64 [n], negative for a padding row. positions: int64 [n], the new token's place in its sequence.
+    filtered: whether any row may ask for top-k, top-p or min-p; else they are ignored. out: for the result.
+    """
+    if logits.device.type == "cpu":
+        tokens = sample_rows_reference(logits, slot_params, slots, positions)
+        return tokens if out is None else out.copy_(tokens)
+    from nanovllm_bento.kernels import sample_triton
+
+    if out is None:
+        out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    return sample_triton.sample_rows(
+        logits, slot_params, slots, positions, out, filtered=filtered, pdl=use_pdl(logits.device)
+    )
+
+
+def ban_tokens(logits: torch.Tensor, flat_indices: torch.Tensor) -> None:
+    """Set logits to -inf in place. logits: [n, vocab], contiguous; flat_indices: int64 [m], row * vocab + token id."""
+    logits.view(-1).index_fill_(0, flat_indices, -torch.inf)
 
 
 def seed_to_int64(seed: int) -> int:

@@ -1,11 +1,12 @@
 """Self-attention over the paged KV cache."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata
+from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata, FusingBackend
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, qk_norm_rope_store
 from nanovllm_bento.layers.linear import MergedLinear
 from nanovllm_bento.layers.norm import RMSNorm
@@ -33,6 +34,8 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.eps = eps
         self.scale = head_dim**-0.5
+        self.k_scale = self.v_scale = 1.0  # what a cached key or value is to be multiplied by
+        self.checkpoint_scales: tuple[float, float] | None = None
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv = MergedLinear(hidden_size, parts, bias=qkv_bias, dtype=dtype)
@@ -46,12 +49,36 @@ class Attention(nn.Module):
         self, x: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
     ) -> Tensor:
         """x: [num_tokens, hidden_size] -> the same shape. Writes this step's keys and values into kv_cache."""
+        out: Tensor = self.out(self.attend(self.qkv(x), step, kv_cache, meta))
+        return out
+
+    def attend(
+        self, qkv: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
+    ) -> Tensor:
+        """qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim]."""
         assert self.backend is not None, "set_attention_backend comes first"
         k_cache, v_cache = kv_cache
-        qkv = self.qkv(x)
-        q = qk_norm_rope_store(qkv, step, k_cache, v_cache, self.num_heads, self.head_norm_weight, self.eps)
-        out: Tensor = self.out(self.backend.forward(q, k_cache, v_cache, meta, self.scale).flatten(1))
-        return out
+        if self.backend.fuses_decode and not meta.has_prefill_rows:
+            fused = cast(FusingBackend, self.backend)
+            out = fused.decode_from_qkv(
+                qkv,
+                step,
+                k_cache,
+                v_cache,
+                meta,
+                self.scale,
+                self.num_heads,
+                self.head_norm_weight,
+                self.eps,
+                self.k_scale,
+                self.v_scale,
+            )
+            return out.flatten(1)
+        q = qk_norm_rope_store(
+            qkv, step, k_cache, v_cache, self.num_heads, self.head_norm_weight, self.eps, self.k_scale, self.v_scale
+        )
+        out = self.backend.forward(q, k_cache, v_cache, meta, self.scale, self.k_scale, self.v_scale)
+        return out.flatten(1)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         yield from self.qkv.weight_specs(prefix)

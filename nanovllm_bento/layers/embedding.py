@@ -38,10 +38,16 @@ class LMHead(nn.Module):
         self.tied = tied
         self.weight = None if tied else meta_parameter(*embed.weight.shape, dtype=embed.weight.dtype)
         self.packed: Tensor | None = None
+        self.batch_invariant = False
 
-    def forward(self, hidden: Tensor, embed: TokenEmbedding) -> Tensor:
-        """hidden: [rows, hidden_size] -> float32 [rows, vocab_size]."""
-        return linear(hidden, embed.weight if self.tied else self.weight, None, self.packed).float()
+    def forward(self, hidden: Tensor, embed: TokenEmbedding, out: Tensor | None = None) -> Tensor:
+        """hidden: [rows, hidden_size] -> [rows, vocab_size], written into ``out`` if given.
+
+        On a GPU in the model's dtype, which the sampler widens as it reads; on a CPU in float32.
+        """
+        weight = embed.weight if self.tied else self.weight
+        logits = linear(hidden, weight, None, self.packed, batch_invariant=self.batch_invariant, out=out)
+        return logits if logits.is_cuda else logits.float()
 
     def weight_specs(self, name: str) -> Iterator[WeightSpec]:
         if self.weight is not None:

@@ -29,10 +29,11 @@ class MergedLinear(nn.Module):
         self.weight = meta_parameter(out_features, in_features, dtype=dtype)
         self.bias = meta_parameter(out_features, dtype=dtype) if bias else None
         self.packed: Tensor | None = None
+        self.batch_invariant = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [num_tokens, in_features] -> [num_tokens, out_features]."""
-        return linear(x, self.weight, self.bias, self.packed)
+        return linear(x, self.weight, self.bias, self.packed, batch_invariant=self.batch_invariant)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         row = 0

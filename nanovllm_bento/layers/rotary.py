@@ -9,7 +9,7 @@ from nanovllm_bento.layers.rope_config import RopeConfig
 
 
 class RotaryEmbedding(nn.Module):
-    """Looks up cosines and sines, float32, by position. The table is made by ``finalize``, on the model's device."""
+    """table: float32 [num_positions, head_dim], cosines in the first half, sines after. ``finalize`` makes it."""
 
     table: Tensor
 
@@ -26,10 +26,6 @@ class RotaryEmbedding(nn.Module):
         if self.config.attention_factor != 1.0:
             table *= self.config.attention_factor
         self.table = table.to(device)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        """positions: int64 [num_tokens] -> float32 [num_tokens, head_dim], cosines in the first half, sines after."""
-        return self.table.index_select(0, positions)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:

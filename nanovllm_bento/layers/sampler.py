@@ -3,53 +3,81 @@
 import numpy as np
 import torch
 
-from nanovllm_bento.kernels.sample import sample, seed_to_int64
+from nanovllm_bento.kernels.sample import (
+    MIN_TEMPERATURE,
+    ban_tokens,
+    new_slot_table,
+    sample_rows,
+    seed_to_int64,
+    slot_words,
+)
 from nanovllm_bento.sampling_params import SamplingParams
 
 
 class Sampler:
-    """Keeps each slot's parameters, so that a step only says which slots it samples."""
+    """Keeps each slot's parameters, so that a step only says which slots it samples.
+
+    The host's table is the truth. A GPU has a copy, which ``flush`` brings up to date in the order of the stream, so
+    that steps in flight are not disturbed. Nothing here waits for the device.
+    """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self.device = device
-        self.temperature = np.zeros(max_num_seqs, np.float32)
-        self.top_k = np.zeros(max_num_seqs, np.int64)
-        self.top_p = np.ones(max_num_seqs, np.float32)
-        self.min_p = np.zeros(max_num_seqs, np.float32)
-        self.seed = np.zeros(max_num_seqs, np.int64)
+        self.slots = new_slot_table(max_num_seqs)
+        # On a CPU the very memory of the host's table.
+        self.slot_params = slot_words(self.slots).to(device)
+        self._filters = np.zeros(max_num_seqs, bool)
+        self._dirty: set[int] = set()
 
     def set_slot(self, slot: int, params: SamplingParams) -> None:
         """Give a slot to a new sequence. params.seed is set."""
         assert params.seed is not None
-        self.temperature[slot] = params.temperature
-        self.top_k[slot] = params.top_k
-        self.top_p[slot] = params.top_p
-        self.min_p[slot] = params.min_p
-        self.seed[slot] = seed_to_int64(params.seed)
+        seed = seed_to_int64(params.seed)
+        self.slots[slot] = (params.temperature, params.top_p, params.min_p, min(params.top_k, 2**31 - 1), seed, slot)
+        filters = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self._filters[slot] = filters and np.float32(params.temperature) >= np.float32(MIN_TEMPERATURE)
+        self._dirty.add(slot)
+
+    def needs_filter(self, slots: np.ndarray) -> bool:
+        """Whether any of the slots asks for top-k, top-p or min-p. Negative slots (padding) do not."""
+        return bool(self._filters[slots[slots >= 0]].any())
+
+    def flush(self) -> None:
+        """Enqueue the upload of what ``set_slot`` changed; call it before the step that samples it."""
+        if self._dirty and self.device.type != "cpu":
+            words = self._put(slot_words(self.slots[list(self._dirty)]))
+            self.slot_params.index_copy_(0, words.view(torch.int64)[:, 3], words)
+        self._dirty.clear()
+
+    def ban(self, logits: torch.Tensor, banned: list[tuple[int, list[int]]]) -> None:
+        """Set the logits of (row, token ids) to -inf. logits: [n, vocab], contiguous, changed in place."""
+        flat = [row * logits.shape[-1] + token for row, token_ids in banned for token in token_ids]
+        if flat:
+            ban_tokens(logits, self._put(torch.tensor(flat)))
+
+    def sample_device(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        filtered: bool,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One token per row by the device's parameters, as ``sample_rows``. A CUDA graph can hold it."""
+        return sample_rows(logits, self.slot_params, slots, positions, filtered=filtered, out=out)
 
     def __call__(
         self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, banned: list[tuple[int, list[int]]]
     ) -> torch.Tensor:
         """Sample one token per row: int64 [n] on the logits' device; -1 where the logits are not numbers.
 
-        logits: float32 [n, vocab], changed in place. slots: int64 [n]. positions: int64 [n], the place of the new token
-        in its sequence. banned: (row, token ids) that must not be sampled there (min_tokens).
+        logits: [n, vocab], contiguous, changed in place. slots: int64 [n]. positions: int64 [n], the place of the new
+        token in its sequence. banned: (row, token ids) that must not be sampled there (min_tokens).
         """
-        for row, token_ids in banned:
-            logits[row, token_ids] = -torch.inf
-        if not self.temperature[slots].any():
-            best, tokens = logits.max(dim=-1)
-            return tokens.masked_fill(best.isnan() | best.isinf(), -1)
+        self.flush()
+        self.ban(logits, banned)
+        rows = self._put(torch.from_numpy(np.stack([slots, positions])))
+        return self.sample_device(logits, rows[0], rows[1], self.needs_filter(slots))
 
-        def put(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(self.device)
-
-        return sample(
-            logits,
-            put(self.temperature[slots]),
-            put(self.top_k[slots]),
-            put(self.top_p[slots]),
-            put(self.min_p[slots]),
-            put(self.seed[slots]),
-            put(positions),
-        )
+    def _put(self, host: torch.Tensor) -> torch.Tensor:
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata
+from nanovllm_bento.kernels.norm import rms_norm
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, make_step
 from nanovllm_bento.layers.attention import Attention
 from nanovllm_bento.layers.embedding import LMHead, TokenEmbedding
@@ -78,6 +80,23 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_attention_norm(x, residual)
         return self.mlp(x), residual
 
+    def forward_fused(
+        self, hidden: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
+    ) -> Tensor:
+        """The same for a handful of tokens: norms, activation and residual adds inside the products' kernels.
+
+        hidden: the residual stream, [num_tokens, hidden_size], everything before added; it is overwritten.
+        """
+        qkv, out, mlp = self.attention.qkv, self.attention.out, self.mlp
+        assert qkv.weight is not None and out.weight is not None
+        assert mlp.gate_up.weight is not None and mlp.down.weight is not None
+        x = skinny.norm_linear(hidden, self.input_norm.weight, self.input_norm.eps, qkv.weight, qkv.bias)
+        x = self.attention.attend(x, step, kv_cache, meta)
+        hidden = skinny.linear_add(x, out.weight, out.bias, hidden)
+        norm = self.post_attention_norm
+        x = skinny.norm_gate_up(hidden, norm.weight, norm.eps, mlp.gate_up.weight)
+        return skinny.linear_add(x, mlp.down.weight, None, hidden)
+
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         yield from self.input_norm.weight_specs(f"{prefix}input_layernorm")
         yield from self.attention.weight_specs(f"{prefix}self_attn.")
@@ -99,6 +118,7 @@ class DecoderForCausalLM(nn.Module):
         self.config = config
         self.dtype = dtype
         self.attention_backend: AttentionBackend | None = None
+        self.fusable = not config.mlp_bias
         self.embed = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(
             DecoderLayer(config, self.make_mlp(config, dtype=dtype), qk_norm=self.qk_norm, dtype=dtype)
@@ -117,6 +137,18 @@ class DecoderForCausalLM(nn.Module):
         for layer in self._layers:
             layer.attention.backend = backend
 
+    @property
+    def attentions(self) -> list[Attention]:
+        """Each layer's attention, in order."""
+        return [layer.attention for layer in self._layers]
+
+    def set_batch_invariant(self) -> None:
+        """From now on a token's logits are bit-equal whatever else is in the batch (with a backend made for that)."""
+        self.fusable = False
+        for module in self.modules():
+            if isinstance(module, MergedLinear | LMHead):
+                module.batch_invariant = True
+
     def forward(
         self,
         input_ids: Tensor,
@@ -128,16 +160,24 @@ class DecoderForCausalLM(nn.Module):
 
         Returns hidden states after the final norm, [num_tokens, hidden_size]. Call it under torch.inference_mode().
         """
-        step = make_step(self.rotary(positions), meta.slot_mapping)
+        step = make_step(self.rotary.table, positions, meta.slot_mapping)
+        if self.fusable and skinny.supports(len(input_ids), self.dtype, input_ids.device, self.config.hidden_size):
+            hidden = self.embed(input_ids)
+            for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
+                hidden = layer.forward_fused(hidden, step, kv_cache, meta)
+            return rms_norm(hidden, self.norm.weight, self.norm.eps)
         x, residual = self.embed(input_ids), None
         for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
             x, residual = layer(x, residual, step, kv_cache, meta)
         normed: Tensor = self.norm(x, residual)[0]
         return normed
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [rows, hidden_size] -> float32 [rows, vocab_size]."""
-        logits: Tensor = self.lm_head(hidden, self.embed)
+    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden: [rows, hidden_size] -> [rows, vocab_size], float32 on a CPU, else the model's dtype.
+
+        out: where to write them (GPU only); None: a new tensor.
+        """
+        logits: Tensor = self.lm_head(hidden, self.embed, out)
         return logits
 
     def weight_specs(self) -> Iterator[WeightSpec]:

@@ -1,5 +1,6 @@
 """From a checkpoint to a model that is ready to run."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from nanovllm_bento.layers.weight_spec import WeightSpec
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.decoder import DecoderForCausalLM
 from nanovllm_bento.models.registry import build_model
-from nanovllm_bento.models.weights import CheckpointReader, SafetensorsReader, check_tensors
+from nanovllm_bento.models.weights import KV_SCALES, CheckpointReader, SafetensorsReader, check_tensors
 
 _DUMMY_STD = 0.02
 
@@ -46,9 +47,24 @@ def load_model(
         model.materialize(
             lambda spec: reader.read_into(spec.name, spec.target), num_positions=num_positions, device=device
         )
+        _read_kv_scales(model, reader)
     finally:
         reader.close()
     return model.eval()
+
+
+def _read_kv_scales(model: DecoderForCausalLM, reader: CheckpointReader) -> None:
+    """Scales for an fp8 KV cache, if the checkpoint has them for every layer (else they stay None)."""
+    for i, attention in enumerate(model.attentions):
+        scales = []
+        for name in KV_SCALES:
+            full = f"model.layers.{i}.{name}"
+            if math.prod(reader.shapes.get(full, (0,))) != 1:
+                return
+            value = torch.empty(reader.shapes[full], dtype=torch.float32)
+            reader.read_into(full, value)
+            scales.append(float(value))
+        attention.checkpoint_scales = (scales[0], scales[1])
 
 
 def _open_reader(source: Path) -> CheckpointReader:

@@ -17,6 +17,9 @@ from nanovllm_bento.layers.weight_spec import WeightSpec
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_NAMED = 8
 
+KV_SCALES = ("self_attn.k_scale", "self_attn.v_scale")
+"""One number each per layer: what a key or value of an fp8 KV cache is to be multiplied by."""
+
 
 class CheckpointReader(Protocol):
     """A checkpoint's tensors by Hugging Face name."""
@@ -93,7 +96,8 @@ def _safetensors_files(folder: Path) -> list[Path]:
 def check_tensors(specs: Iterable[WeightSpec], shapes: Mapping[str, tuple[int, ...]], tied: bool, source: Path) -> None:
     """Raises one CheckpointError that names every tensor missing from, unexpected in, or misshapen in a checkpoint.
 
-    Harmless extras pass: rotary frequencies, and the LM head of a model that ties it to the embedding.
+    Harmless extras pass: rotary frequencies, scales for an fp8 KV cache, and the LM head of a model that ties it to the
+    embedding.
     """
     wanted = {spec.name: spec.shape for spec in specs}
     missing = [name for name in wanted if name not in shapes]
@@ -113,7 +117,7 @@ def check_tensors(specs: Iterable[WeightSpec], shapes: Mapping[str, tuple[int, .
 
 
 def _harmless(name: str, tied: bool) -> bool:
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+    return name.endswith(("rotary_emb.inv_freq", *KV_SCALES)) or (tied and name == "lm_head.weight")
 
 
 def _some(names: list[str]) -> str:

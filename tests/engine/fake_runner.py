@@ -37,6 +37,7 @@ class FakeInFlight:
 
 class FakeRunner:
     dtype, device, vocab_size = "float32", "fake", VOCAB
+    kv_cache_dtype, attention_backend = "float32", "fake"
 
     def __init__(self, num_blocks: int, block_size: int, max_model_len: int) -> None:
         self.num_blocks, self.block_size, self.max_model_len = num_blocks, block_size, max_model_len

@@ -27,6 +27,8 @@ class Runner:
         self.model = load_model(self.config, source, dtype=torch.float32)
         self.backend = select_backend(
             "auto",
+            num_heads=self.config.num_attention_heads,
+            num_kv_heads=self.config.num_key_value_heads,
             head_dim=self.config.head_dim,
             dtype=torch.float32,
             kv_dtype=torch.float32,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.errors import (
     ConfigError,
+    DeviceMemoryError,
     EmptyPromptError,
     InvalidRequestError,
     PromptExceedsCacheError,
@@ -315,3 +316,49 @@ def test_the_same_request_id_is_refused_while_it_runs():
 def test_settings_that_would_starve_are_refused():
     with pytest.raises(ConfigError, match="max_num_batched_tokens"):
         EngineConfig.create(env={}, model="fake", max_num_seqs=64, max_num_batched_tokens=32)
+
+
+@pytest.mark.parametrize("mode", ["two_phase", "mixed"])
+def test_a_step_without_memory_ends_its_requests_and_leaves_nothing_to_find(mode, monkeypatch):
+    core = make_core(schedule_mode=mode)
+    launch, prompt = core.runner.launch, list(range(20))
+
+    def no_room_for_the_prompt(batch):
+        if any(chunk.seq.request_id == "large" for chunk in batch.prefill):
+            raise DeviceMemoryError("no memory")
+        return launch(batch)
+
+    add(core, "first", [1, 2, 3], 30, ignore_eos=True)
+    for _ in range(4):
+        core.step()
+    monkeypatch.setattr(core.runner, "launch", no_room_for_the_prompt)
+    add(core, "large", prompt, 5)
+    results = run(core)
+    assert results["large"][-1].finish_reason == "error" and results["large"][-1].error == "no memory"
+    # a decode row of the same step goes with it; in two_phase there is none
+    assert results["first"][-1].finish_reason == ("length" if mode == "two_phase" else "error")
+    monkeypatch.setattr(core.runner, "launch", launch)
+    params = add(core, "again", prompt, 5)
+    again = run(core)["again"]
+    assert tokens_of(again) == expected_tokens(prompt, params) and again[0].num_cached_tokens == 0
+    assert core.block_manager.num_used_blocks == 0
+
+
+def test_what_a_request_with_invalid_logits_wrote_is_not_found_again(monkeypatch):
+    core = make_core()
+    prompt = list(range(20))
+    launch = core.runner.launch
+
+    def invalid(batch):
+        flight = launch(batch)
+        wait = flight.wait
+        monkeypatch.setattr(flight, "wait", lambda: [-1 for _ in wait()])
+        return flight
+
+    monkeypatch.setattr(core.runner, "launch", invalid)
+    add(core, "nan", prompt, 5)
+    assert run(core)["nan"][-1].finish_reason == "error"
+    monkeypatch.setattr(core.runner, "launch", launch)
+    params = add(core, "again", prompt, 5)
+    again = run(core)["again"]
+    assert again[0].num_cached_tokens == 0 and tokens_of(again) == expected_tokens(prompt, params)

@@ -98,11 +98,12 @@ def test_qk_norm_rope_store(norm: bool, head_dim: int, dtype: torch.dtype) -> No
     num_tokens, heads, kv_heads, eps = 6, 4, 2, 1e-5
     qkv = randn(num_tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
     weight = randn(heads + kv_heads, head_dim, dtype=dtype, seed=1) if norm else None
-    angles = randn(num_tokens, head_dim // 2, seed=2) * 3
+    angles = randn(10, head_dim // 2, seed=2) * 3
+    positions = torch.tensor([3, 9, 0, 3, 1, 8])
     slots = torch.tensor([7, -1, 0, 11, -1, 4])
     k_cache = torch.full((3, 4, kv_heads, head_dim), 9.0, dtype=dtype)
     v_cache = k_cache.clone()
-    step = make_step(torch.cat((angles.cos(), angles.sin()), -1), slots)
+    step = make_step(torch.cat((angles.cos(), angles.sin()), -1), positions, slots)
     q = qk_norm_rope_store(qkv.clone(), step, k_cache, v_cache, heads, weight, eps)
 
     x = qkv.double().view(num_tokens, -1, head_dim)
@@ -111,9 +112,9 @@ def test_qk_norm_rope_store(norm: bool, head_dim: int, dtype: torch.dtype) -> No
         qk = norm64(qk, weight, eps)
     rotated = torch.empty_like(qk)
     half = head_dim // 2
-    for token in range(num_tokens):
+    for token, position in enumerate(positions.tolist()):
         for i in range(half):
-            angle = angles[token, i].double()
+            angle = angles[position, i].double()
             a, b = qk[token, :, i], qk[token, :, i + half]
             rotated[token, :, i] = a * angle.cos() - b * angle.sin()
             rotated[token, :, i + half] = b * angle.cos() + a * angle.sin()
@@ -125,3 +126,25 @@ def test_qk_norm_rope_store(norm: bool, head_dim: int, dtype: torch.dtype) -> No
     untouched = [slot for slot in range(12) if slot not in slots.tolist()]
     assert (k_cache.view(12, -1)[untouched] == 9).all()
     assert (v_cache.view(12, -1)[untouched] == 9).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_fp8_cache_holds_the_scaled_values_rounded_to_nearest_and_clamped(dtype: torch.dtype) -> None:
+    heads, head_dim, k_scale, v_scale = 2, 16, 0.3, 2.5
+    qkv = randn(5, 3 * heads * head_dim, dtype=dtype) * 300
+    table = torch.cat((torch.ones(1, head_dim // 2), torch.zeros(1, head_dim // 2)), -1)  # turns by nothing
+    slots = torch.tensor([7, -1, 0, 5, 4])
+    k_cache = torch.full((2, 4, heads, head_dim), 9.0).to(torch.float8_e4m3fn)
+    v_cache = k_cache.clone()
+    step = make_step(table, torch.zeros(5, dtype=torch.int64), slots)
+    qk_norm_rope_store(qkv, step, k_cache, v_cache, heads, k_scale=k_scale, v_scale=v_scale)
+
+    _, k, v = qkv.double().view(5, 3, heads, head_dim).unbind(1)
+    stored = slots >= 0
+    assert ((k / k_scale)[stored].abs() > 448).any()
+    for cache, wanted in ((k_cache, k / k_scale), (v_cache, v / v_scale)):
+        found = cache.double().view(8, heads, head_dim)
+        wanted = wanted[stored].clamp(-448, 448)
+        # three bits of mantissa: half a step is a sixteenth at most, and 2^-10 below the smallest normal number
+        torch.testing.assert_close(found[slots[stored]], wanted, rtol=2**-4, atol=2**-10)
+        assert (found[[1, 2, 3, 6]] == 9).all()

@@ -132,8 +132,9 @@ def loaded_after(statements: str, block: str = "") -> set[str]:
     return set(done.stdout.splitlines()[-1].split()) if done.stdout.strip() else set()
 
 
-def import_all(*parts: str) -> str:
-    names = [f"{NAME}.{m}".rstrip(".") for m in modules() if part_of(m) in parts]
+def import_all(*parts: str, but: str = "-") -> str:
+    """Code that imports every module of the parts, except those whose name ends with ``but``."""
+    names = [f"{NAME}.{m}".rstrip(".") for m in modules() if part_of(m) in parts and not m.endswith(but)]
     assert names
     return "import importlib\n" + "\n".join(f"importlib.import_module({name!r})" for name in names)
 
@@ -150,8 +151,10 @@ def test_the_service_loads_neither_torch_nor_transformers() -> None:
     assert loaded_after("import service") == set()
 
 
-def test_kernels_layers_and_models_import_without_triton() -> None:
-    assert "torch" in loaded_after(import_all("kernels", "layers", "models"), block="sys.modules['triton'] = None")
+def test_all_but_the_triton_sources_import_without_triton() -> None:
+    """Those (*_triton.py) are imported by the dispatch functions, for tensors on a GPU."""
+    parts = ("kernels", "layers", "models", "engine")
+    assert "torch" in loaded_after(import_all(*parts, but="_triton"), block="sys.modules['triton'] = None")
 
 
 def pins(name: str) -> dict[str, str]:

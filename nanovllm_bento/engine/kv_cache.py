@@ -1,0 +1,130 @@
+"""How much KV cache there is room for, and its tensors.
+
+On a GPU the room is what gpu_memory_utilization leaves beside the weights, the largest step's activations (measured by
+running it) and the CUDA graphs; on a CPU a share of free memory. Only sizes and allocation; who owns which block is the
+block manager's business.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+
+from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.errors import ConfigError
+from nanovllm_bento.models.config import ModelConfig
+
+_CPU_CACHE_BYTES = 4 << 30
+_GRAPH_BYTES = 192 << 20
+"""Kept free for CUDA graphs' own bookkeeping and for what libraries allocate late."""
+
+KVCache = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes on the GPU when the cache was sized. activations: the largest step's peak; graphs: kept for CUDA graphs."""
+
+    total: int
+    free: int
+    weights: int
+    activations: int
+    graphs: int
+
+
+def block_bytes(model_config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block: keys and values of ``block_size`` tokens in all layers."""
+    mc = model_config
+    return 2 * mc.num_hidden_layers * block_size * mc.num_key_value_heads * mc.head_dim * dtype.itemsize
+
+
+def allocate(
+    num_blocks: int, model_config: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[KVCache]:
+    """(k_cache, v_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_dim], all zero.
+
+    Raises ConfigError if the device has no room for them.
+    """
+    shape = (num_blocks, block_size, model_config.num_key_value_heads, model_config.head_dim)
+    try:
+        return [
+            (_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(model_config.num_hidden_layers)
+        ]
+    except torch.OutOfMemoryError:
+        wanted = num_blocks * block_bytes(model_config, block_size, dtype)
+        raise ConfigError(
+            f"a KV cache of {num_blocks} blocks ({_gib(wanted)}) does not fit the GPU's free memory. Lower "
+            "num_gpu_blocks_override, kv_cache_memory_bytes or gpu_memory_utilization."
+        ) from None
+
+
+def num_blocks_that_fit(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    measure: Callable[[], MemoryUse],
+) -> int:
+    """How many blocks to allocate. ``measure`` runs the largest step and is called only where its answer matters.
+
+    Raises ConfigError, naming what the memory goes to and what would fit, if there is no room.
+    """
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    per_block = block_bytes(model_config, config.block_size, dtype)
+    blocks_per_seq = -(-max_model_len // config.block_size)
+    use = None
+    if config.kv_cache_memory_bytes is not None:
+        budget = config.kv_cache_memory_bytes
+    elif device.type == "cpu":
+        budget = min(psutil.virtual_memory().available // 4, _CPU_CACHE_BYTES)
+    else:
+        use = measure()
+        kept_free = int(use.total * (1 - config.gpu_memory_utilization))
+        budget = use.free - kept_free - use.activations - use.graphs
+    # More than every running sequence at its longest is never used.
+    num_blocks = min(budget // per_block, config.max_num_seqs * blocks_per_seq)
+    wanted_len = 1 if config.max_model_len is None else config.max_model_len
+    if num_blocks < -(-wanted_len // config.block_size):
+        raise ConfigError(_no_room(config, per_block, budget, num_blocks, use))
+    return int(num_blocks)
+
+
+def _no_room(config: EngineConfig, per_block: int, budget: int, num_blocks: int, use: MemoryUse | None) -> str:
+    parts = []
+    if use is not None:
+        parts.append(
+            f"beside {_gib(use.weights)} of weights {_gib(use.free)} of the GPU's {_gib(use.total)} are free; with "
+            f"gpu_memory_utilization={config.gpu_memory_utilization}, {_gib(use.activations)} for a step of "
+            f"{config.max_num_batched_tokens} tokens and {_gib(use.graphs)} for CUDA graphs, {_gib(max(budget, 0))} of "
+            "KV cache are left"
+        )
+    else:
+        parts.append(f"{budget} bytes of KV cache are what there is")
+    if num_blocks < 1:
+        parts.append(f"which hold no block of {config.block_size} tokens ({per_block} bytes)")
+    else:
+        fits = num_blocks * config.block_size
+        parts.append(f"which hold {fits} tokens: max_model_len={config.max_model_len} does not fit, {fits} would")
+    remedy = "Raise gpu_memory_utilization" if use is not None else "Raise kv_cache_memory_bytes"
+    return f"{', '.join(parts)}. {remedy}, or lower max_model_len, block_size, max_num_seqs or max_num_batched_tokens."
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU as pages that exist once they are written, so that a large cache costs nothing at start."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(shape)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def graph_reserve(decode_step_bytes: int) -> int:
+    """Bytes to keep for CUDA graphs whose largest step needs ``decode_step_bytes``: their pool, and bookkeeping."""
+    return decode_step_bytes + _GRAPH_BYTES

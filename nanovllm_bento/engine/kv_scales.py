@@ -1,0 +1,60 @@
+"""Scales of an fp8 KV cache: a cached value times its layer's scale is the true one.
+
+From the checkpoint if it brings them for every layer; otherwise each layer's largest key and value over a run of
+random tokens, with room above. e4m3 keeps its relative precision over four orders of magnitude, so the room costs
+nothing and the scale only has to keep large values from clamping at 448.
+"""
+
+import torch
+
+from nanovllm_bento.kernels.attention.base import AttentionMetadata
+from nanovllm_bento.kernels.attention.torch_backend import TorchAttention
+from nanovllm_bento.models.config import ModelConfig
+from nanovllm_bento.models.decoder import DecoderForCausalLM
+
+E4M3_MAX = 448.0
+NUM_TOKENS = 512
+ROOM = 2.0
+"""How many times the largest value seen still fits."""
+
+
+def set_kv_scales(
+    model: DecoderForCausalLM, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Set k_scale and v_scale of every layer; returns where they came from: "checkpoint" or "calibrated".
+
+    Call it before the model gets its attention backend: calibration runs with one of its own.
+    """
+    if all(attention.checkpoint_scales is not None for attention in model.attentions):
+        for attention in model.attentions:
+            assert attention.checkpoint_scales is not None
+            attention.k_scale, attention.v_scale = attention.checkpoint_scales
+        return "checkpoint"
+    num_tokens = min(NUM_TOKENS, model.rotary.table.shape[0])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model_config.vocab_size, (num_tokens,), generator=generator).to(device)
+    positions = torch.arange(num_tokens, device=device)
+    meta = AttentionMetadata(
+        query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+        block_table=torch.zeros(1, 1, dtype=torch.int32, device=device),
+        slot_mapping=positions,
+        max_query_len=num_tokens,
+        max_seq_len=num_tokens,
+        num_decode_rows=0,
+    )
+    backend = TorchAttention(num_tokens, dtype)
+    model.set_attention_backend(backend)
+    shape = (1, num_tokens, model_config.num_key_value_heads, model_config.head_dim)
+    caches = [
+        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in model.attentions
+    ]
+    with torch.inference_mode():
+        backend.prepare(meta)
+        model(ids, positions, caches, meta)
+    for attention, (keys, values) in zip(model.attentions, caches, strict=True):
+        attention.k_scale, attention.v_scale = (
+            max(float(cache.abs().amax()) * ROOM / E4M3_MAX, 1e-8) for cache in (keys, values)
+        )
+    return "calibrated"

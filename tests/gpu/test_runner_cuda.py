@@ -1,0 +1,206 @@
+"""The GPU runner: graphs equal eager steps, no host sync in the step loop, faults stay with their request."""
+
+import pytest
+import torch
+
+from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.engine.core import EngineCore
+from nanovllm_bento.errors import ConfigError
+from tests.engine.fake_runner import add, run
+from tests.engine.tiny_engines import run_all
+from tests.engine.tiny_models import make_tiny
+
+PROMPTS = [[5, 6, 7], [9] * 40, list(range(20, 100)), [3], list(range(200, 217))]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny("qwen3", tmp_path_factory.mktemp("tiny"), head_dim=64, max_position_embeddings=512)
+
+
+def engine(folder, dtype="bfloat16", **overrides) -> EngineCore:
+    keywords = {"num_gpu_blocks_override": 256, "max_num_seqs": 40, "max_num_batched_tokens": 256, **overrides}
+    return EngineCore.from_model(EngineConfig.create(env={}, model=str(folder), device="cuda", dtype=dtype, **keywords))
+
+
+def start(core: EngineCore, count: int, **sampling) -> None:
+    for i in range(count):
+        add(core, str(i), PROMPTS[i % len(PROMPTS)], 40, ignore_eos=True, seed=i, **sampling)
+
+
+@pytest.mark.parametrize("count", [1, 3, 17, 40])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3"])
+def test_a_replayed_step_equals_the_eager_one_bit_for_bit(tiny, count, kv_cache_dtype):
+    core = engine(tiny, kv_cache_dtype=kv_cache_dtype)
+    runner = core.runner
+    start(core, count, temperature=0.7)
+    for _ in range(12):
+        core.step()
+    torch.cuda.synchronize()
+    graph = runner.graphs.find(count)
+    before = runner.last_tokens.clone()
+    graph.forward.replay()  # the last step once more, on the inputs that still lie there
+    replayed = graph.logits.clone()
+    graph.logits.fill_(torch.nan)
+    runner.last_tokens.copy_(before)
+    with torch.inference_mode():
+        eager = runner._decode_logits(graph.size)
+    assert torch.isfinite(replayed[:count]).all()
+    assert torch.equal(eager, replayed)
+    for filtered in (False, True):
+        sample, tokens = graph.sample[filtered]
+        sample.replay()
+        with torch.inference_mode():
+            assert torch.equal(runner._decode_tokens(eager, filtered), tokens)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}])
+def test_graphs_and_eager_engines_give_the_same_tokens_in_float32(tiny, sampling):
+    results = []
+    for enforce_eager in (False, True):
+        core = engine(tiny, "float32", enforce_eager=enforce_eager)
+        assert (core.runner.graphs is None) == enforce_eager
+        start(core, 7, **sampling)
+        results.append(run_all(core))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("mode", ["two_phase", "mixed"])
+def test_the_step_loop_never_waits_for_the_device(tiny, mode):
+    core = engine(tiny, schedule_mode=mode)
+    start(core, 3, temperature=0.5)
+    run(core)  # whatever is set up on first use
+    start(core, 12, temperature=0.8, top_p=0.9, min_tokens=5)
+    for i in range(3):
+        add(core, f"plain{i}", PROMPTS[i], 20, temperature=0.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(200):
+            if not core.has_work:
+                break
+            core.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not core.has_work
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fully_cached_prompt_runs_in_the_decode_graph_with_the_same_tokens(tiny, dtype, monkeypatch):
+    core = engine(tiny, dtype, batch_invariant=dtype == "bfloat16")
+    prompts = {"whole blocks": list(range(3, 67)), "one more token": list(range(3, 68))}
+    cold = {}
+    for name, prompt in prompts.items():
+        core.block_manager.enable_prefix_caching = False
+        add(core, name, prompt, 20, ignore_eos=True, temperature=0.8, seed=4)
+        cold |= run_all(core)
+    core.block_manager.enable_prefix_caching = True
+    add(core, "fill", [*prompts["one more token"], 9], 1, temperature=0.0)
+    run(core)
+
+    def refuse(batch):
+        raise AssertionError("ran eagerly")
+
+    monkeypatch.setattr(core.runner, "_launch_eager", refuse)
+    for name, prompt in prompts.items():
+        add(core, name, prompt, 20, ignore_eos=True, temperature=0.8, seed=4)
+    assert run_all(core) == cold
+    assert core.stats.prefix_cache_hits >= 126
+
+
+def test_min_tokens_bans_the_end_in_graphs_too(tiny):
+    core = engine(tiny)
+    for i in range(30):
+        add(core, str(i), PROMPTS[i % 5], 60, temperature=3.0, seed=i, stop_token_ids=list(range(3, 500)), min_tokens=9)
+    for items in run(core).values():
+        tokens = [t for item in items for t in item.new_token_ids]
+        assert len(tokens) >= 9
+
+
+def test_nan_ends_that_request_alone_and_leaves_nothing_behind(tiny):
+    core = engine(tiny)
+    with torch.inference_mode():
+        core.runner.model.embed.weight[77] = torch.nan
+    bad = [*range(100, 140), 77, 5]
+    add(core, "good", PROMPTS[1], 30, ignore_eos=True, temperature=0.0)
+    expected = run_all(core)["good"]
+    for _ in range(2):  # the second time nothing of the first must be found in the prefix cache
+        add(core, "bad", bad, 30, ignore_eos=True, temperature=0.0)
+        add(core, "good", PROMPTS[1], 30, ignore_eos=True, temperature=0.0)
+        results = run(core)
+        assert results["bad"][-1].finish_reason == "error" and "NaN" in results["bad"][-1].error
+        assert [t for item in results["good"] for t in item.new_token_ids] == expected
+    # prompts that now get the blocks the bad one wrote NaN into
+    for i in range(60):
+        add(core, str(i), [3 + i, *range(300, 330)], 20, ignore_eos=True, temperature=0.0)
+    assert all(items[-1].finish_reason == "length" for items in run(core).values())
+    core.check()
+
+
+def test_no_memory_for_a_step_ends_its_requests_and_the_engine_goes_on(tiny, monkeypatch):
+    core = engine(tiny)
+    add(core, "first", PROMPTS[0], 200, ignore_eos=True, temperature=0.0)
+    for _ in range(5):
+        core.step()
+    forward, failing = core.runner.model.forward, [True]
+
+    def out_of_memory(*args):
+        if failing[0] and len(args[0]) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args)
+
+    monkeypatch.setattr(core.runner.model, "forward", out_of_memory)
+    add(core, "large", PROMPTS[2], 5, ignore_eos=True)
+    results = run(core)
+    assert results["large"][-1].finish_reason == "error" and "memory" in results["large"][-1].error
+    assert results["first"][-1].finish_reason == "length"
+    failing[0] = False
+    add(core, "large", PROMPTS[2], 5, ignore_eos=True)
+    assert run(core)["large"][-1].finish_reason == "length"
+    core.check()
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_what_would(tiny):
+    with pytest.raises(ConfigError, match="of KV cache are left"):
+        engine(tiny, num_gpu_blocks_override=None, gpu_memory_utilization=0.001)
+    with pytest.raises(ConfigError, match=r"max_model_len=512 does not fit, \d+ would"):
+        engine(tiny, num_gpu_blocks_override=None, kv_cache_memory_bytes=100_000, max_model_len=512)
+
+
+def test_the_cache_is_sized_within_gpu_memory_utilization(tiny):
+    core = engine(tiny, num_gpu_blocks_override=None, gpu_memory_utilization=0.5, max_num_seqs=256)
+    start(core, 40, temperature=0.5)
+    run(core)
+    free, total = torch.cuda.mem_get_info()
+    assert total - free < 0.55 * total
+
+
+INVARIANT = {"dtype": "bfloat16", "batch_invariant": True}
+
+
+def test_batch_invariant_tokens_are_those_of_the_request_alone(tiny):
+    """bf16, sampled: alone; beside others; in small chunks; preempted; found in the prefix cache; mixed steps."""
+    roomy = engine(tiny, **INVARIANT, enable_prefix_caching=False)
+    expected = {}
+    for i in range(12):
+        add(roomy, str(i), PROMPTS[i % 5], 60, ignore_eos=True, seed=i, temperature=0.9)
+        expected |= run_all(roomy)
+    for overrides in (
+        {},
+        {"max_num_batched_tokens": 48},
+        {"max_num_batched_tokens": 48, "num_gpu_blocks_override": 20, "schedule_mode": "mixed"},
+        {"num_gpu_blocks_override": 20, "enforce_eager": True},
+    ):
+        core = engine(tiny, **INVARIANT, **overrides)
+        for _ in range(2):
+            for i in range(12):
+                add(core, str(i), PROMPTS[i % 5], 60, ignore_eos=True, seed=i, temperature=0.9)
+            assert run_all(core) == expected, overrides
+
+
+def test_the_invariant_engine_computes_the_same_model(tiny):
+    results = []
+    for invariant in (False, True):
+        core = engine(tiny, "float32", batch_invariant=invariant)
+        start(core, 5, temperature=0.0)
+        results.append(run_all(core))
+    assert results[0] == results[1]

@@ -1,0 +1,38 @@
+"""Statements about kernels/decode_inputs.py, for any device."""
+
+from typing import Any
+
+import torch
+
+from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs_reference, store_tokens_reference
+
+NUM_SLOTS, MAX_BLOCKS = 12, 300
+
+
+def check_decode_inputs(launch: Any, device: torch.device, block_size: int) -> None:
+    """``launch`` does what the reference does, rows of slot -1 included, and enters each row's block in its table."""
+    generator = torch.Generator().manual_seed(block_size)
+    tables = torch.randint(0, 10**6, (NUM_SLOTS, MAX_BLOCKS), generator=generator, dtype=torch.int32)
+    last = torch.randint(0, 1000, (NUM_SLOTS,), generator=generator)
+    longest = MAX_BLOCKS * block_size - 1
+    rows = [(3, 0, 7), (11, block_size, 8), (-1, 5, 5), (0, longest, 99), (5, block_size * 140 + 3, 2**20), (-1, 0, 0)]
+    rows.append((7, block_size * 20, -1))  # not stored
+    rows_tensor = torch.tensor(rows, dtype=torch.int32)
+    wanted, found = (DecodeInputs.allocate(len(rows), MAX_BLOCKS, d) for d in (torch.device("cpu"), device))
+    found_tables = tables.to(device, copy=True)
+    launch(rows_tensor.to(device), found_tables, last.to(device), found, block_size)
+    decode_inputs_reference(rows_tensor, tables, last, wanted, block_size)
+    for name in ("input_ids", "positions", "seq_lens", "slot_mapping", "slots", "next_positions", "block_table"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
+    assert torch.equal(found_tables.cpu(), tables)
+    assert wanted.slot_mapping.tolist()[3] == 99 * block_size + longest % block_size
+    assert wanted.seq_lens.tolist() == [1, block_size + 1, 0, longest + 1, block_size * 140 + 4, 0, block_size * 20 + 1]
+    assert wanted.slot_mapping.tolist()[-1] == -1
+
+
+def check_store_tokens(launch: Any, device: torch.device) -> None:
+    tokens, slots = torch.tensor([4, -1, 9, 6]), torch.tensor([2, 0, -1, 11])
+    wanted, found = torch.full((NUM_SLOTS,), 77), torch.full((NUM_SLOTS,), 77, device=device)
+    store_tokens_reference(tokens, slots, wanted)
+    launch(tokens.to(device), slots.to(device), found)
+    assert found.tolist() == wanted.tolist() == [0, 77, 4, *[77] * 8, 6]
