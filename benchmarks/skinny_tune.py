@@ -3,7 +3,7 @@
 For the shapes of Qwen3-0.6B and 8B and 1 to 256 rows: every kernel alone over a bounded sweep of configurations, then
 the chain of a layer stack in one CUDA graph, with programmatic dependent launch and without, against what runs instead
 (cuBLAS with this package's norm and activation kernels) and against the bytes that have to be read; and 0.6B's LM head
-with the last norm inside. Prints the best as entries for TUNED and TUNED_TILES in nanovllm_bento/kernels/skinny.py. A
+with the last norm inside. Prints the best as entries for TUNED in nanovllm_bento/kernels/skinny.py. A
 configuration that fails or is wrong is named and left out; sweeps end when the time is up.
 """
 
@@ -29,19 +29,18 @@ from torch import Tensor
 from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.norm import add_rms_norm, rms_norm
-from nanovllm_bento.kernels.skinny import VERY_FEW_ROWS, Config, TileConfig
+from nanovllm_bento.kernels.skinny import Config
 
-ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+ROWS = [1, 2, 4, 8, 16]
 HEAD_ROWS = [1, 2, 4, 16]
 HEAD = ("norm_linear", 151936, 1024)
-AnyConfig = Config | TileConfig
 LAYERS = 28
 L2_BYTES = 50 << 20
 EPS = 1e-6
 # hidden, qkv out, o in, MLP
 MODELS = {"0.6B": (1024, 4096, 2048, 3072), "8B": (4096, 6144, 4096, 12288)}
 DEVICE, DTYPE = "cuda", torch.bfloat16
-Job = tuple[str, int, int, int, AnyConfig]  # operation, rows, n, k
+Job = tuple[str, int, int, int, Config]  # operation, rows, n, k
 
 
 def shapes(model: str) -> list[tuple[str, int, int]]:
@@ -54,34 +53,8 @@ def shapes(model: str) -> list[tuple[str, int, int]]:
     ]
 
 
-def choose_config(operation: str, m: int, n: int, k: int) -> AnyConfig:
-    if m > VERY_FEW_ROWS:
-        return skinny.choose_tile_config(operation, m, n, k)
+def choose_config(operation: str, m: int, n: int, k: int) -> Config:
     return skinny.choose_config(operation, m, n, k, 2)
-
-
-def as_config(m: int, values: Any) -> AnyConfig:
-    return TileConfig(*values) if m > VERY_FEW_ROWS else Config(*values)
-
-
-def tile_candidates(operation: str, m: int, n: int, k: int) -> list[AnyConfig]:
-    """The heuristic's choice first, then tiles that make about one wave of programs; 14 at most."""
-    gated, normed = operation == "norm_gate_up", operation.startswith("norm")
-    found: list[TileConfig] = []
-    for block_m, width, block_k, num_stages, num_warps in [
-        *((64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (128, 64, 64, 4, 8), (64, 32, 64, 5, 4), (64, 64, 128, 3, 4)),
-        *((64, 32, 128, 3, 4), (128, 128, 64, 3, 8), (64, 128, 64, 4, 4), (128, 32, 64, 4, 8), (64, 16, 128, 4, 4)),
-        *((32, 64, 64, 4, 4), (128, 64, 128, 3, 8), (64, 64, 64, 5, 4), (128, 64, 64, 5, 8)),
-    ]:
-        block_n = width // 2 if gated else width
-        if (block_m == 128 and m <= 64) or (block_m == 32 and m > 32):
-            continue
-        for split in [1] if normed else [1, 2, 4, 8]:
-            programs = math.ceil(m / block_m) * math.ceil(n / block_n) * split
-            if 60 <= programs <= 400 and k >= split * 256:
-                found.append(TileConfig(block_m, block_n, block_k, num_stages, num_warps, split))
-    found.sort(key=lambda c: abs(math.log(math.ceil(m / c.block_m) * math.ceil(n / c.block_n) * c.split / 128)))
-    return list(dict.fromkeys([choose_config(operation, m, n, k), *found]))[:14]
 
 
 def all_shapes(model: str) -> list[tuple[str, int, int]]:
@@ -92,10 +65,8 @@ def rows_of(n: int, all_rows: list[int]) -> list[int]:
     return [m for m in all_rows if n != HEAD[1] or m in HEAD_ROWS]
 
 
-def candidates(operation: str, m: int, n: int, k: int) -> list[AnyConfig]:
+def candidates(operation: str, m: int, n: int, k: int) -> list[Config]:
     """The heuristic's choice first, then its neighbours."""
-    if m > VERY_FEW_ROWS:
-        return tile_candidates(operation, m, n, k)
     matrices = 2 if operation == "norm_gate_up" else 1
     found = [choose_config(operation, m, n, k)]
     if m <= 4:
@@ -125,8 +96,6 @@ def candidates(operation: str, m: int, n: int, k: int) -> list[AnyConfig]:
 def compile_key(job: Job) -> tuple[Any, ...]:
     """Jobs that share a binary share a key: n is no part of one, nor the rows where tensor cores compute."""
     operation, m, n, k, config = job
-    if isinstance(config, TileConfig):
-        return operation, n, k, config
     return operation, 0 if config.split else m, k, n % config.block_n == 0, config
 
 
@@ -154,9 +123,7 @@ def inputs(operation: str, m: int, n: int, k: int, count: int) -> tuple[Tensor, 
     return x, list(weights), norm, torch.randn(m, n, device=DEVICE).to(DTYPE)
 
 
-def run(
-    operation: str, x: Tensor, weight: Tensor, norm: Tensor, out: Tensor, config: AnyConfig | None, pdl: bool
-) -> None:
+def run(operation: str, x: Tensor, weight: Tensor, norm: Tensor, out: Tensor, config: Config | None, pdl: bool) -> None:
     from nanovllm_bento.kernels.skinny_triton import launch
 
     norm_weight = norm if operation.startswith("norm") else None
@@ -272,7 +239,7 @@ class Stack:
         self.layers = [[inputs(operation, 1, n, k, 1)[1][0] for operation, n, k in self.shapes] for _ in range(LAYERS)]
         self.bytes = sum(weight.nbytes for layer in self.layers for weight in layer)
 
-    def milliseconds(self, m: int, configs: list[AnyConfig | None], pdl: bool) -> float:
+    def milliseconds(self, m: int, configs: list[Config | None], pdl: bool) -> float:
         residual = torch.randn(m, self.hidden, device=DEVICE).to(DTYPE)
         a, b = residual.new_empty(m, self.qkv), residual.new_empty(m, self.mlp)
         arguments = [(residual, a), (a[:, : self.heads], residual), (residual, b), (b, residual)]
@@ -309,10 +276,10 @@ def tune_stack(model: str, all_rows: list[int], alone: dict[Any, list[Any]], dea
         keys = [(operation, m, n, k) for operation, n, k in stack.shapes]
         if any(key not in alone for key in keys):
             continue
-        as_chosen: list[AnyConfig | None] = [choose_config(*key) for key in keys]
+        as_chosen: list[Config | None] = [choose_config(*key) for key in keys]
         chosen = as_chosen
         heuristic = best = stack.milliseconds(m, chosen, pdl=True)
-        start: list[AnyConfig | None] = [alone[key][1][1] for key in keys]
+        start: list[Config | None] = [alone[key][1][1] for key in keys]
         took = stack.milliseconds(m, start, pdl=True)
         if took < best:
             best, chosen = took, start
@@ -389,15 +356,13 @@ def main(out: str, seconds: float, all_rows: list[int], models: list[str]) -> No
             report["kernels"].append(entry)
         for row in tune_stack(model, all_rows, alone, deadline):
             report["stacks"].append(row)
-            tuned |= {tuple(key): as_config(key[1], config) for *key, config in row["configs"]}
+            tuned |= {tuple(key): Config(*config) for *key, config in row["configs"]}
         Path(out).write_text(json.dumps(report, indent=1))
         torch.cuda.empty_cache()
-    for name, kind in [("TUNED", Config), ("TUNED_TILES", TileConfig)]:
-        print(f"{name}: dict[tuple[str, int, int, int], {kind.__name__}] = {{")
-        for key, config in tuned.items():
-            if isinstance(config, kind):
-                print(f"    {key!r}: {kind.__name__}{tuple(config)},".replace("'", '"'))
-        print("}")
+    print("TUNED: dict[tuple[str, int, int, int], Config] = {")
+    for key, config in tuned.items():
+        print(f"    {key!r}: Config{tuple(config)},".replace("'", '"'))
+    print("}")
     print(f"{time.monotonic() - began:.0f} s")
 
 

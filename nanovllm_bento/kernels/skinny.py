@@ -1,9 +1,9 @@
 """Linears of a decode batch (1 to MAX_ROWS rows) fused with what is around them: norm, gate, residual add.
 
 At this size a layer is a stream of weights with a little arithmetic, so what counts is bytes in flight and the gaps
-between kernels. The Triton kernels (skinny_triton.py and, from 17 rows on, fused_linear_triton.py say how) overlap each
-weight stream with the kernels ahead by programmatic dependent launch. Larger batches belong to kernels/linear.py. The
-references compute in float32 and round once.
+between kernels. The Triton kernels (skinny_triton.py says how) overlap each weight stream with the kernels ahead by
+programmatic dependent launch. Larger batches belong to kernels/linear.py. The references compute in float32 and round
+once.
 """
 
 from functools import cache
@@ -15,9 +15,8 @@ from torch import Tensor
 
 from nanovllm_bento.kernels.norm import rms_norm_reference
 
-MAX_ROWS = 256
-VERY_FEW_ROWS = 16
-"""Up to so many rows a weight is read once, by one program; with more, tiles of rows and columns share it."""
+MAX_ROWS = 16
+"""Measured on an H100: from 17 rows on cuBLAS, with kernels for the norms and the activation, is faster."""
 VECTOR_ROWS = 2
 """Up to so many rows float32 lanes beat tensor cores, which always compute 16 rows."""
 
@@ -32,20 +31,6 @@ class Config(NamedTuple):
     split: int = 0  # 0: vector_kernel; else matrix_kernel with so many slices of the inner dimension, one a warp
     block_m: int = 16  # rows that matrix_kernel computes, at least those there are
 
-
-class TileConfig(NamedTuple):
-    """How fused_linear_triton's kernel is cut. A program computes block_m rows, block_n columns (of both matrices)."""
-
-    block_m: int
-    block_n: int
-    block_k: int = 64
-    num_stages: int = 4
-    num_warps: int = 4
-    split: int = 1  # programs that share a tile's inner dimension; not where there is a norm
-
-
-WAVE = 96
-"""So many programs fill a large GPU (132 multiprocessors on an H100) well enough."""
 
 TUNED: dict[tuple[str, int, int, int], Config] = {
     ("norm_linear", 1, 4096, 1024): Config(2, 256, 4, 1, 0, 16),
@@ -79,14 +64,11 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
 }
 """(operation, rows rounded up to a power of two, n, k) -> measured best (benchmarks/skinny_tune.py), 16-bit dtypes."""
 
-TUNED_TILES: dict[tuple[str, int, int, int], TileConfig] = {}
-"""The same from 32 rows on. All batches that round up to one number are cut alike, so a row's bits are too."""
-
 
 def supports(rows: int, dtype: torch.dtype, device: torch.device, hidden_size: int = 0) -> bool:
     """Whether these kernels take ``rows`` rows of ``dtype`` on ``device``, and in a model so wide are worth it."""
     # Measured on an H100: with a hidden size of 4096 cuBLAS and kernels for the rest are as fast from 3 rows on.
-    most = 2 if hidden_size >= 4096 else VERY_FEW_ROWS if dtype == torch.float32 else MAX_ROWS
+    most = 2 if hidden_size >= 4096 else MAX_ROWS
     return (
         1 <= rows <= most
         and device.type == "cuda"
@@ -102,7 +84,7 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    config: Config | TileConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """rms_norm(x) @ weight.T + bias; x: [rows, k], norm_weight: [k], weight: [n, k], bias: [n]. Returns [rows, n]."""
     if not x.is_cuda:
@@ -113,9 +95,7 @@ def norm_linear(
     return launch("norm_linear", x, weight, out, config, norm_weight, eps, bias)
 
 
-def norm_gate_up(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, config: Config | TileConfig | None = None
-) -> Tensor:
+def norm_gate_up(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, config: Config | None = None) -> Tensor:
     """silu(g) * u of [g | u] = rms_norm(x) @ weight.T; x: [rows, k], weight: [2n, k]. Returns [rows, n]."""
     if not x.is_cuda:
         return norm_gate_up_reference(x, norm_weight, eps, weight)
@@ -126,7 +106,7 @@ def norm_gate_up(
 
 
 def linear_add(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, config: Config | TileConfig | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, config: Config | None = None
 ) -> Tensor:
     """residual += x @ weight.T + bias, in place, rounded once; x: [rows, k], residual: [rows, n], which is returned."""
     if not x.is_cuda:
@@ -136,7 +116,7 @@ def linear_add(
     return launch("linear_add", x, weight, residual, config, bias=bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | TileConfig | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | None = None) -> Tensor:
     """x @ weight.T + bias; x: [rows, k], weight: [n, k], bias: [n]. Returns [rows, n]."""
     if not x.is_cuda:
         return linear_reference(x, weight, bias)
@@ -195,23 +175,6 @@ def _matrix_config(n: int, k: int, matrices: int) -> Config:
     block_n = 32 if matrices == 1 and n >= 4096 else 16
     tiles = -(-k // (split * 128))
     return Config(block_n, 128, min(tiles, 32 // (block_n * matrices)), split, split)
-
-
-@cache
-def choose_tile_config(operation: str, rows: int, n: int, k: int) -> TileConfig:
-    """The same for more rows than VERY_FEW_ROWS: tiles near square, which read least, and about one wave of them."""
-    bucket = max(32, 1 << (rows - 1).bit_length())
-    if (operation, bucket, n, k) in TUNED_TILES:
-        return TUNED_TILES[operation, bucket, n, k]
-    gated, normed = operation == "norm_gate_up", operation.startswith("norm")
-    block_m, block_n = 128 if bucket >= 256 and n >= 2048 else 64, 32 if gated else 64
-    tiles = -(-bucket // block_m) * -(-n // block_n)
-    if not gated and (tiles < WAVE if normed else bucket <= 64):
-        block_n, tiles = 32, 2 * tiles
-    split = 1
-    while not normed and tiles * split < WAVE and k >= split * 512:
-        split *= 2
-    return TileConfig(block_m, block_n, 64, 4, block_m // 16, split)  # more rows a warp would want 250 registers
 
 
 def _floor_power_of_two(value: int) -> int:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_bento.kernels.launch import use_pdl
-from nanovllm_bento.kernels.skinny import VERY_FEW_ROWS, Config, TileConfig, choose_config
+from nanovllm_bento.kernels.skinny import Config, choose_config
 
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -239,7 +239,7 @@ def launch(
     x: Tensor,
     weight: Tensor,
     out: Tensor,
-    config: Config | TileConfig | None = None,
+    config: Config | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     bias: Tensor | None = None,
@@ -248,16 +248,11 @@ def launch(
     """Fill ``out`` [m, n] (``linear_add``: add to it) by the kernel that ``config``, or the shape, asks for; return it.
 
     x: [m, k], its rows may be apart; weight: [n, k], or [2n, k] for ``norm_gate_up``. ``pdl`` None: where it works.
-    More rows than VERY_FEW_ROWS are fused_linear_triton's.
     """
     m, k = x.shape
     n = out.shape[1]
     assert weight.shape == (2 * n if operation == "norm_gate_up" else n, k) and out.shape[0] == m
     assert weight.is_contiguous() and out.is_contiguous() and x.stride(1) == 1
-    if isinstance(config, TileConfig) or (config is None and m > VERY_FEW_ROWS):
-        from nanovllm_bento.kernels.fused_linear_triton import launch as launch_tiles
-
-        return launch_tiles(operation, x, weight, out, config, norm_weight, eps, bias, pdl)
     assert config is None or not config.split or m <= config.block_m
     config = config or choose_config(operation, m, n, k, x.element_size())
     pdl = use_pdl(x.device) if pdl is None else pdl

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm_bento.kernels.skinny import Config, TileConfig
+from nanovllm_bento.kernels.skinny import Config
 from nanovllm_bento.kernels.skinny_triton import launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -61,7 +61,7 @@ def assert_equals_float64(
     k: int,
     dtype: torch.dtype,
     device: str,
-    config: Config | TileConfig | None = None,
+    config: Config | None = None,
     bias: bool = False,
     tolerance: float = 0.0,
 ) -> None:
@@ -73,7 +73,7 @@ def assert_equals_float64(
 
 
 def assert_rows_do_not_depend_on_the_batch(
-    operation: str, n: int, k: int, dtype: torch.dtype, device: str, config: Config | TileConfig
+    operation: str, n: int, k: int, dtype: torch.dtype, device: str, config: Config
 ) -> None:
     inputs = make_inputs(operation, 5, n, k, dtype, device, bias=False)
     before = inputs["out"].clone()

@@ -363,7 +363,9 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
     split = tl.program_id(2)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    # Before the wait for the kernel ahead: context lengths and block tables, which the step's first kernels wrote, and
+    # keys and values of earlier steps. All that is complete: a step begins with copies and with torch's own kernels
+    # (the embedding), which wait for everything before them, and this kernel cannot start before those have ended.
     length = tl.load(lens_ptr + row)
     chunk = length
     if SPLIT:
@@ -396,17 +398,19 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, DIM_PAD // PACK], tl.float32)
     acc_odd = acc
+    if PREFETCH:
+        LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth  # words in 128 bytes
+        LINES: tl.constexpr = (DIM_PAD // PACK + LINE - 1) // LINE
+        lines = tl.minimum(tl.arange(0, LINES) * LINE, HEAD_DIM // PACK - 1)[None, :]
+        inner = (start + n) % BLOCK_SIZE  # past the end: block 0, which exists
+        _prefetch(k_ptr + (blocks.to(tl.int64) * stride_kb + inner * stride_kt)[:, None] + lines)
+        _prefetch(v_ptr + (blocks.to(tl.int64) * stride_vb + inner * stride_vt)[:, None] + lines)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if rope_ptr is None:
         q = tl.load(q_ptr + heads + d[None, :], mask=q_mask, other=0.0)
         q, q_odd = _even_odd(q, FP8)
     else:
-        if PREFETCH:
-            LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth  # words in 128 bytes
-            LINES: tl.constexpr = (DIM_PAD // PACK + LINE - 1) // LINE
-            lines = tl.minimum(tl.arange(0, LINES) * LINE, HEAD_DIM // PACK - 1)[None, :]
-            inner = (start + n) % BLOCK_SIZE  # past the end: block 0, which exists
-            _prefetch(k_ptr + (blocks.to(tl.int64) * stride_kb + inner * stride_kt)[:, None] + lines)
-            _prefetch(v_ptr + (blocks.to(tl.int64) * stride_vb + inner * stride_vt)[:, None] + lines)
         # No branches: what a split that does not own the new token loads is masked, so that all loads go out together.
         NUM_HEADS = GROUP * tl.num_programs(0)
         one = tl.zeros([1, 1], tl.int32)
