@@ -141,6 +141,26 @@ def _steps(rows: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
     return parts
 
 
+def _prefill(rows: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
+    headers = ["KV cache", "tokens", "prompt", "wall ms", "launch", "kernels", "floor"]
+    lines = []
+    for row in rows:
+        kernels = row["kernels"]["kernel_us"] if row.get("kernels") else None
+        times = (row["wall_us"], row["launch_us"], kernels, row["floor_us"])
+        cells = [None if us is None else f"{us / 1e3:.2f}" for us in times]
+        lines.append([_kv(row, result), row["tokens"], row["prompt_len"], *cells])
+    parts = [
+        "A full prefill step, back to back: the loop's wall time, the host's time to enqueue it, the sum of its "
+        "kernels.",
+        table(headers, lines),
+    ]
+    for row in rows:
+        if row.get("kernels"):
+            groups = ", ".join(f"{n} {percent(g['share'])}" for n, g in row["kernels"]["groups"].items())
+            parts.append(f"Kernels, {_kv(row, result)}: {groups}.")
+    return parts
+
+
 def _prefix(rows: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
     headers = ["set", "KV cache", "requests", "hits", "prefill tokens saved", "prefill FLOPs saved", "goal"]
     headers += ["median TTFT off → on, ms", "p95 TTFT", "output tok/s off → on"]
@@ -244,6 +264,7 @@ _SECTIONS: dict[str, tuple[str, Callable[[list[dict[str, Any]], dict[str, Any]],
     "throughput": ("Throughput", _throughput),
     "steps": ("Decode step", _steps),
     "prefix": ("Prefix cache", _prefix),
+    "prefill": ("Prefill steps", _prefill),
     "ttft": ("Time to first token", _ttft),
     "kernels": ("Kernels", _kernels),
     "memory": ("Memory", _memory),

@@ -30,7 +30,7 @@ from nanovllm_bento.hub import load_config_dict, resolve_model
 from nanovllm_bento.kernels.linear import best_cpu_dtype
 from nanovllm_bento.models.config import ModelConfig
 
-ENGINE_SECTIONS = ("throughput", "steps", "prefix", "ttft", "memory")
+ENGINE_SECTIONS = ("throughput", "steps", "prefill", "prefix", "ttft", "memory")
 SECTIONS = (*ENGINE_SECTIONS, "kernels", "startup")
 NUM_SEQS = {"cuda": (1, 16, 64, 256), "cpu": (1, 4)}
 SEED_MAX_LEN = {"cuda": 1024, "cpu": 128}
@@ -178,6 +178,7 @@ class _Report:
         measures: dict[str, Iterator[tuple[Any, Callable[[], dict[str, Any]]]]] = {
             "throughput": self._throughput(engine, cost),
             "steps": self._steps(core, cost, kv),
+            "prefill": iter([(None, partial(self._prefill, core, cost))]),
             "prefix": self._prefix(core, cost),
             "ttft": iter([(None, partial(prefix.ttft_row, core, **ttft))]),
             "memory": iter([(None, partial(self._memory, core, cost))]),
@@ -230,13 +231,20 @@ class _Report:
             row = steps.step_breakdown(core, n, steps.TIMED_STEPS if self.device.type == "cuda" else 16)
             floor = ceilings.seconds(*cost.decode_step([row["context_len"]] * n))
             row["floor_us"] = round(floor * 1e6, 1)
-            if self.device.type == "cuda" and n in (self.num_seqs[0], self.num_seqs[-1]):
+            if self.device.type == "cuda":
                 with self._section("steps", kv_cache_dtype=kv, row=f"{n}, kernels"):
                     row["kernels"] = steps.kernel_shares(core, n)
             return row
 
         for n in self.num_seqs:
             yield n, partial(measure, n)
+
+    def _prefill(self, core: EngineCore, cost: roofline.ModelCost) -> dict[str, Any]:
+        assert self.ceilings is not None
+        row = steps.prefill_breakdown(core)
+        num_prompts = row["tokens"] // row["prompt_len"]
+        floor = self.ceilings.seconds(cost.weight_bytes, num_prompts * cost.prefill(row["prompt_len"]))
+        return {**row, "floor_us": round(floor * 1e6, 1)}
 
     def _prefix(self, core: EngineCore, cost: roofline.ModelCost) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         gpu = self.device.type == "cuda"

@@ -16,14 +16,17 @@ from typing import Any
 import torch
 
 from nanovllm_bento.bench.workloads import MAX_TOKEN_ID
-from nanovllm_bento.engine.core import EngineCore
+from nanovllm_bento.engine.core import EngineCore, InFlight
 from nanovllm_bento.engine.messages import Add, pack_tokens
+from nanovllm_bento.engine.scheduler import Batch
 from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.sampling_params import SamplingParams
 
 HOST_PARTS = ("schedule", "launch", "wait", "commit")
 CONTEXT_LEN = 512
 """Prompt tokens of each row: a decode step here attends to a little more than that."""
+PREFILL_LEN = 512
+"""Prompt tokens of each prompt in a full prefill step."""
 WARM_UP_STEPS, TIMED_STEPS, GPU_STEPS, PROFILED_STEPS = 8, 64, 16, 4
 CYCLES_PER_SECOND = 2e9
 """About a GPU's clock: torch.cuda._sleep takes cycles."""
@@ -80,13 +83,72 @@ def kernel_shares(core: EngineCore, num_rows: int) -> dict[str, Any]:
             for _ in range(PROFILED_STEPS):
                 core.step()
             torch.cuda.synchronize()
+    return {"num_rows": num_rows, **_summary_of(profiler, PROFILED_STEPS)}
+
+
+def prefill_breakdown(core: EngineCore, timed_steps: int = 6, profiled_steps: int = 2) -> dict[str, Any]:
+    """Full prefill steps (max_num_batched_tokens tokens of new prompts), back to back as the engine runs them.
+
+    wall_us: a pass of the loop, median. launch_us: the host's share that enqueues the step. On CUDA also the GPU's
+    kernels, per step, by torch's profiler.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    info, budget = core.info, core.scheduler.max_num_batched_tokens
+    length = min(PREFILL_LEN, budget, info.max_model_len - 2, info.num_cache_tokens // 4)
+    per_step = max(1, min(budget // length, info.max_num_seqs // 2, info.num_cache_tokens // (4 * length)))
+    on_gpu = torch.device(info.device).type == "cuda"
+    random, limit = Random(length), min(MAX_TOKEN_ID, info.vocab_size - 1)
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
+
+    def add(steps: int) -> None:
+        for _ in range(steps * per_step):
+            prompt = pack_tokens([random.randint(0, limit) for _ in range(length)])
+            core.add(Add(f"prefill-{random.random()}", prompt, sampling, cache_salt=str(time.monotonic_ns())))
+
+    walls, launches, launch = [], [], core.runner.launch
+
+    def timed_launch(batch: Batch) -> InFlight:
+        started = time.perf_counter()
+        in_flight = launch(batch)
+        launches.append(time.perf_counter() - started)
+        return in_flight
+
+    add(timed_steps + 2)
+    core.step()
+    core.runner.launch = timed_launch  # type: ignore[method-assign]
+    try:
+        for _ in range(timed_steps):
+            started = time.perf_counter()
+            core.step()
+            walls.append(time.perf_counter() - started)
+    finally:
+        core.runner.launch = launch  # type: ignore[method-assign]
+    while core.has_work:
+        core.step()
+    row: dict[str, Any] = {"tokens": per_step * length, "prompt_len": length}
+    row["wall_us"] = round(statistics.median(walls) * 1e6, 1)
+    row["launch_us"] = round(statistics.median(launches) * 1e6, 1)
+    if on_gpu:
+        torch.cuda.synchronize()
+        profiler = profile(activities=[ProfilerActivity.CUDA])
+        with profiler:
+            add(profiled_steps)
+            while core.has_work:
+                core.step()
+            torch.cuda.synchronize()
+        row["kernels"] = _summary_of(profiler, profiled_steps)
+    return row
+
+
+def _summary_of(profiler: Any, num_steps: int) -> dict[str, Any]:
     kernels: dict[str, list[float]] = {}
     for event in profiler.key_averages():
         if event.self_device_time_total > 0:
-            kernels[event.key] = [event.self_device_time_total / PROFILED_STEPS, event.count / PROFILED_STEPS]
+            kernels[event.key] = [event.self_device_time_total / num_steps, event.count / num_steps]
     if not kernels:
         raise RuntimeError("torch's profiler saw no kernel; is CUPTI missing?")
-    return {"num_rows": num_rows, **summarize_kernels(kernels)}
+    return summarize_kernels(kernels)
 
 
 def summarize_kernels(kernels: dict[str, list[float]]) -> dict[str, Any]:
