@@ -128,7 +128,7 @@ class _Report:
 
     def run(self) -> dict[str, Any]:
         wanted = self.options.sections
-        if {"throughput", "steps", "kernels"} & set(wanted):
+        if {"throughput", "steps", "prefill", "kernels"} & set(wanted):
             dtype = torch.bfloat16 if self.device.type == "cuda" else best_cpu_dtype()
             self.ceilings = roofline.measure_ceilings(self.device, dtype)
             self.result["ceilings"] = self.ceilings.as_dict()

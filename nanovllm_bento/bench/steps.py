@@ -97,7 +97,6 @@ def prefill_breakdown(core: EngineCore, timed_steps: int = 6, profiled_steps: in
     info, budget = core.info, core.scheduler.max_num_batched_tokens
     length = min(PREFILL_LEN, budget, info.max_model_len - 2, info.num_cache_tokens // 4)
     per_step = max(1, min(budget // length, info.max_num_seqs // 2, info.num_cache_tokens // (4 * length)))
-    on_gpu = torch.device(info.device).type == "cuda"
     random, limit = Random(length), min(MAX_TOKEN_ID, info.vocab_size - 1)
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, seed=0)
 
@@ -124,21 +123,25 @@ def prefill_breakdown(core: EngineCore, timed_steps: int = 6, profiled_steps: in
             walls.append(time.perf_counter() - started)
     finally:
         core.runner.launch = launch  # type: ignore[method-assign]
-    while core.has_work:
-        core.step()
+    _drain(core)
     row: dict[str, Any] = {"tokens": per_step * length, "prompt_len": length}
     row["wall_us"] = round(statistics.median(walls) * 1e6, 1)
     row["launch_us"] = round(statistics.median(launches) * 1e6, 1)
-    if on_gpu:
+    if torch.device(info.device).type == "cuda":
         torch.cuda.synchronize()
-        profiler = profile(activities=[ProfilerActivity.CUDA])
-        with profiler:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             add(profiled_steps)
-            while core.has_work:
-                core.step()
-            torch.cuda.synchronize()
+            _drain(core)
         row["kernels"] = _summary_of(profiler, profiled_steps)
     return row
+
+
+def _drain(core: EngineCore) -> None:
+    """Run until the engine and its device are idle."""
+    while core.has_work:
+        core.step()
+    if torch.device(core.info.device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _summary_of(profiler: Any, num_steps: int) -> dict[str, Any]:
