@@ -69,6 +69,8 @@ def greedy(core: EngineCore, prompts: list[list[int]]) -> list[list[int]]:
 
 def main() -> None:
     model, result, texts = sys.argv[1], Path(sys.argv[2]), [Path(name) for name in sys.argv[3:]]
+    if not texts:
+        raise SystemExit(__doc__)
     tokenizer = Tokenizer.load(resolve_model(model))
     windows = []
     for text in texts:

@@ -562,4 +562,4 @@ def diagnose() -> Iterator[tuple[str, str]]:
             for name, reason in explain_backends(**case):
                 if reason is not None:
                     yield "", f"not {name}: {reason}"
-    yield "CUDA graphs", "decode steps, unless enforce_eager" if cuda else "none on a CPU"
+    yield "CUDA graphs", "decode steps, unless enforce_eager or the torch backend" if cuda else "none on a CPU"

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from nanovllm_bento.bench.environment import environment
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.block_manager import BlockManager
+from nanovllm_bento.engine.messages import pack_tokens
 from nanovllm_bento.engine.scheduler import Batch, Scheduler
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.sampling_params import SamplingParams
@@ -76,9 +77,11 @@ def _time_lookup(prompt_len: int, num_repeats: int) -> dict[str, float]:
     block_size = EngineConfig.create(env={}).block_size
     manager = BlockManager(2 * prompt_len // block_size + 2, block_size)
     prompt = [random.randrange(VOCAB_SIZE) for _ in range(prompt_len)]
+    packed = pack_tokens(prompt)  # as a request brings it
 
     def sequence() -> Sequence:
-        return Sequence("a", list(prompt), prompt_len, SamplingParams(max_tokens=1, seed=0))
+        sampling = SamplingParams(max_tokens=1, seed=0)
+        return Sequence("a", list(prompt), prompt_len, sampling, packed_tokens=packed)
 
     first = sequence()
     assert manager.allocate(first)

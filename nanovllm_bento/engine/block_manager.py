@@ -61,9 +61,12 @@ class BlockManager:
         start, end = len(hashes), len(seq.token_ids) // size
         if not self.enable_prefix_caching or start == end:
             return
-        data = pack_tokens(seq.token_ids[start * size : end * size])
-        parent = hashes[-1] if hashes else b"salt:" + seq.cache_salt.encode()
         step, seed = 4 * size, self.hash_seed
+        if end * step <= len(seq.packed_tokens):
+            data = seq.packed_tokens[start * step : end * step]
+        else:
+            data = pack_tokens(seq.token_ids[start * size : end * size])
+        parent = hashes[-1] if hashes else b"salt:" + seq.cache_salt.encode()
         for offset in range(0, len(data), step):
             block_tokens = data[offset : offset + step]
             parent = xxh3_128_digest(parent + block_tokens, seed)

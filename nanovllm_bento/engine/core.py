@@ -69,6 +69,7 @@ class EngineCore:
         )
         self.scheduler = Scheduler(config, self.block_manager)
         self.in_flight: InFlight | None = None
+        eos_token_ids = [token for token in eos_token_ids if 0 <= token < runner.vocab_size]  # others cannot be sampled
         self.eos_token_ids = frozenset(eos_token_ids)
         self.totals: Counter[str] = Counter()
         self.info = EngineInfo(
@@ -152,6 +153,7 @@ class EngineCore:
             eos_token_ids=self.eos_token_ids,
             client_id=client_id,
             cache_salt=request.cache_salt,
+            packed_tokens=request.prompt_token_ids + request.output_token_ids,
             priority=request.priority,
         )
         self.scheduler.add(seq)
@@ -200,10 +202,11 @@ class EngineCore:
 
     def _warm_up(self) -> None:
         """Run one short request, so that the first real one does not pay for set-up. The cache keeps no trace."""
-        if self.info.max_model_len < 2 or self.info.num_cache_tokens < 2:
+        prompt, num_outputs = [0, 0, 0], 2  # a prompt step, and a decode step
+        if min(self.info.max_model_len, self.info.num_cache_tokens) < len(prompt) + num_outputs:
             return
         enabled, self.block_manager.enable_prefix_caching = self.block_manager.enable_prefix_caching, False
-        self.add(Add("warm-up", pack_tokens([0]), SamplingParams(max_tokens=2, ignore_eos=True, seed=0)))
+        self.add(Add("warm-up", pack_tokens(prompt), SamplingParams(max_tokens=num_outputs, ignore_eos=True, seed=0)))
         while self.has_work:
             self.step()
         self.block_manager.enable_prefix_caching = enabled

@@ -20,6 +20,9 @@ _CPU_CACHE_BYTES = 4 << 30
 _GRAPH_BYTES = 192 << 20
 """Kept free for CUDA graphs' own bookkeeping and for what libraries allocate late."""
 
+MAX_BLOCKS = 1 << 19
+"""Blocks that are made unasked, at most (8 million tokens of block_size 16): each costs the host some bookkeeping."""
+
 KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -85,8 +88,11 @@ def num_blocks_that_fit(
         use = measure()
         kept_free = int(use.total * (1 - config.gpu_memory_utilization))
         budget = use.free - kept_free - use.activations - use.graphs
-    # More than every running sequence at its longest is never used.
-    num_blocks = min(budget // per_block, config.max_num_seqs * blocks_per_seq)
+    num_blocks = budget // per_block
+    if config.kv_cache_memory_bytes is None:
+        # Without a prefix cache, more than every running sequence at its longest is never used.
+        most = MAX_BLOCKS if config.enable_prefix_caching else config.max_num_seqs * blocks_per_seq
+        num_blocks = min(num_blocks, most)
     wanted_len = 1 if config.max_model_len is None else config.max_model_len
     if num_blocks < -(-wanted_len // config.block_size):
         raise ConfigError(_no_room(config, per_block, budget, num_blocks, use))

@@ -5,8 +5,11 @@ random tokens, with room above. e4m3 keeps its relative precision over four orde
 nothing and the scale only has to keep large values from clamping at 448.
 """
 
+import math
+
 import torch
 
+from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.kernels.attention.torch_backend import TorchAttention
 from nanovllm_bento.models.config import ModelConfig
@@ -23,7 +26,8 @@ def set_kv_scales(
 ) -> str:
     """Set k_scale and v_scale of every layer; returns where they came from: "checkpoint" or "calibrated".
 
-    Call it before the model gets its attention backend: calibration runs with one of its own.
+    Raises ConfigError if they cannot be calibrated. Call it before the model gets its attention backend: calibration
+    runs with one of its own.
     """
     if all(attention.checkpoint_scales is not None for attention in model.attentions):
         for attention in model.attentions:
@@ -54,7 +58,11 @@ def set_kv_scales(
         backend.prepare(meta)
         model(ids, positions, caches, meta)
     for attention, (keys, values) in zip(model.attentions, caches, strict=True):
-        attention.k_scale, attention.v_scale = (
-            max(float(cache.abs().amax()) * ROOM / E4M3_MAX, 1e-8) for cache in (keys, values)
-        )
+        largest = [float(cache.abs().amax()) for cache in (keys, values)]
+        if not all(map(math.isfinite, largest)):
+            raise ConfigError(
+                f"kv_cache_dtype='fp8_e4m3' cannot be calibrated: in {dtype} this model has keys or values that are "
+                "not finite."
+            )
+        attention.k_scale, attention.v_scale = (max(value * ROOM / E4M3_MAX, 1e-8) for value in largest)
     return "calibrated"

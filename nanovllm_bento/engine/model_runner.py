@@ -65,6 +65,8 @@ class ModelRunner:
         self.startup_seconds: dict[str, float] = {}
         self.max_model_len = self._max_model_len()
 
+        if config.batch_invariant and not self.on_gpu:
+            raise ConfigError("batch_invariant=True needs a GPU; on a CPU float32 comes close (dtype='float32').")
         started = time.perf_counter()
         if self.on_gpu:
             torch.cuda.init()
@@ -96,8 +98,6 @@ class ModelRunner:
             set_kv_scales(self.model, model_config, self.torch_dtype, self.torch_device)
         self.model.set_attention_backend(self.backend)
         if config.batch_invariant:
-            if not self.on_gpu:
-                raise ConfigError("batch_invariant=True needs a GPU; on a CPU float32 comes close (dtype='float32').")
             self.model.set_batch_invariant()
         started = self._phase("load_weights", started)
 
@@ -128,21 +128,22 @@ class ModelRunner:
         for seq in batch.grown:
             self.block_tables[seq.slot, len(seq.block_table) - 1] = seq.block_table[-1]
         with torch.inference_mode():
-            graph = self._find_graph(batch)
-            if graph is not None:
-                return self._launch_graph(batch, graph)
             try:
-                return self._launch_eager(batch)
+                return self._launch(batch)
             except torch.OutOfMemoryError:
                 pass  # and let go of the tensors that the exception holds
             torch.cuda.empty_cache()  # what steps of other sizes left behind may be enough
             try:
-                return self._launch_eager(batch)  # writes once more what the first try may have written
+                return self._launch(batch)  # writes once more what the first try may have written
             except torch.OutOfMemoryError as error:
                 raise DeviceMemoryError(
                     f"The GPU has no memory left for a step of {batch.num_tokens} tokens. Lower gpu_memory_utilization "
                     "or max_num_batched_tokens, or end what else uses this GPU."
                 ) from error
+
+    def _launch(self, batch: Batch) -> InFlight:
+        graph = self._find_graph(batch)
+        return self._launch_eager(batch) if graph is None else self._launch_graph(batch, graph)
 
     # -- decode by CUDA graph ---------------------------------------------------------------------------------------
 
@@ -183,7 +184,12 @@ class ModelRunner:
 
     def _find_graph(self, batch: Batch) -> DecodeGraph | None:
         """The graph that can run a batch: one token a row, be it that of a prompt whose other tokens are cached."""
-        if self.graphs is None or any(chunk.end - chunk.start > 1 or not chunk.samples for chunk in batch.prefill):
+        chunks = batch.prefill
+        if self.graphs is None or any(c.end - c.start > 1 or not c.samples for c in chunks):
+            return None
+        # A fused kernel stores a row's key while other rows attend: no row may share a block that this step fills.
+        fills = len(chunks) > 1 and any(c.end > c.store_from and c.end % self.block_size == 0 for c in chunks)
+        if fills and self.backend.fuses_decode:
             return None
         num_rows = len(batch.sampled)
         return self.graphs.find(num_rows) if num_rows <= self.config.max_num_seqs else None
@@ -314,8 +320,9 @@ class ModelRunner:
             ) from error
         torch.cuda.empty_cache()
         graphs = 0 if config.enforce_eager or not self.backend.capturable else kv_cache.graph_reserve(decode)
-        # Activations of an eager step with all rows sampled: more than either alone.
-        return kv_cache.MemoryUse(total, free, weights, max(prefill, decode), graphs)
+        # A prefill step may sample max_num_seqs rows while all its hidden states are there.
+        hidden = num_tokens * self.model_config.hidden_size * self.torch_dtype.itemsize
+        return kv_cache.MemoryUse(total, free, weights, max(prefill, decode + hidden), graphs)
 
     def _dummy_step(self, lens: list[int], num_sampled: int) -> None:
         size = self.block_size

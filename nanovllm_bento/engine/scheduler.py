@@ -237,13 +237,7 @@ class Scheduler:
             elif position == seq.last_position:
                 self._end(seq, "length")
         if self.ended:
-            still_read = []
-            for step, seq in self.ended:
-                if step <= self.committed_step:
-                    self._free(seq)
-                else:
-                    still_read.append((step, seq))
-            self.ended = still_read
+            self._free_ended()
         return committed
 
     def fail(self, batch: Batch) -> list[Sequence]:
@@ -253,10 +247,14 @@ class Scheduler:
         """
         assert batch.step == self.step == self.committed_step + 1
         self.committed_step = batch.step
+        for seq in batch.decode:
+            if seq.finish_reason is not None:
+                seq.num_computed_tokens -= 1  # it ended with the step before; this row was never computed
         sequences = [*batch.decode, *(chunk.seq for chunk in batch.prefill)]
         failed = [seq for seq in sequences if seq.finish_reason is None]
         for seq in failed:
             self._end(seq, "error")
+        self._free_ended()
         return failed
 
     def _end(self, seq: Sequence, reason: str) -> None:
@@ -270,6 +268,16 @@ class Scheduler:
             self._free(seq)
         else:
             self.ended.append((self.step, seq))
+
+    def _free_ended(self) -> None:
+        """Free ended sequences that no step in flight reads any more."""
+        still_read = []
+        for step, seq in self.ended:
+            if step <= self.committed_step:
+                self._free(seq)
+            else:
+                still_read.append((step, seq))
+        self.ended = still_read
 
     def _free(self, seq: Sequence) -> None:
         if seq.finish_reason == "error":

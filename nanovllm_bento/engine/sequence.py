@@ -11,7 +11,8 @@ class Sequence:
 
     token_ids: the prompt and every committed output token. num_computed_tokens: tokens whose keys and values are
     written by steps launched so far; a decoding sequence has computed all but its last token, which may still be on the
-    device. block_hashes, block_tokens: chained hash and packed tokens of each full block, made once.
+    device. packed_tokens: the tokens it came with as int32 bytes, if at hand. block_hashes, block_tokens: chained hash
+    and packed tokens of each full block, made once.
     last_position: place of the last token it may have; that one is never fed back. min_total_tokens: tokens before
     which it cannot end at a stop token. stop_token_ids: ids that end it; those of ``eos_token_ids`` among them give no
     stop_reason.
@@ -24,6 +25,7 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     client_id: bytes = b""
     cache_salt: str = ""
+    packed_tokens: bytes = b""
     priority: int = 0
     arrival: int = 0
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from nanovllm_bento.errors import ModelNotFoundError
+from nanovllm_bento.errors import CheckpointError, ModelNotFoundError
 from nanovllm_bento.layers.weight_spec import WeightSpec
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.decoder import DecoderForCausalLM
@@ -63,6 +63,8 @@ def _read_kv_scales(model: DecoderForCausalLM, reader: CheckpointReader) -> None
                 return
             value = torch.empty(reader.shapes[full], dtype=torch.float32)
             reader.read_into(full, value)
+            if not 0 < float(value) < math.inf:
+                raise CheckpointError(f"{full} is {float(value)}; a KV cache scale is a positive number.")
             scales.append(float(value))
         attention.checkpoint_scales = (scales[0], scales[1])
 

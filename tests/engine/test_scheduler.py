@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.errors import (
     ConfigError,
     DeviceMemoryError,
@@ -362,3 +363,43 @@ def test_what_a_request_with_invalid_logits_wrote_is_not_found_again(monkeypatch
     params = add(core, "again", prompt, 5)
     again = run(core)["again"]
     assert again[0].num_cached_tokens == 0 and tokens_of(again) == expected_tokens(prompt, params)
+
+
+@pytest.mark.parametrize("mode", ["two_phase", "mixed"])
+def test_a_step_may_fail_at_any_time_and_leaves_nothing_behind(mode, monkeypatch):
+    """Also where a sequence of the failed step turns out to have ended with the step before."""
+    prompts, ended_before = [[1, 2, 3], [2, 2, 2, 2, 2], [3, 1]], 0
+    for failing in range(1, 24):
+        core = make_core(schedule_mode=mode, max_num_seqs=4)
+        launch = core.runner.launch
+
+        def fail_once(batch, launch=launch, failing=failing):
+            if batch.step == failing:
+                raise DeviceMemoryError("no memory")
+            return launch(batch)
+
+        monkeypatch.setattr(core.runner, "launch", fail_once)
+        params = {str(i): add(core, str(i), prompt, 20, seed=i) for i, prompt in enumerate(prompts)}
+        results = run(core)
+        monkeypatch.setattr(core.runner, "launch", launch)
+        core.check()
+        assert core.block_manager.num_used_blocks == 0 and not core.scheduler.ended
+        for name, items in results.items():
+            whole = expected_tokens(prompts[int(name)], params[name])
+            if items[-1].finish_reason == "error":
+                assert tokens_of(items) == whole[: len(tokens_of(items))]
+            else:
+                assert tokens_of(items) == whole
+                ended_before += items[-1].finish_reason == "stop"
+                # the next turn reads what this one left in the cache
+                longer = prompts[int(name)] + whole + [8]
+                again = add(core, "again", longer, 3)
+                assert tokens_of(run(core)["again"]) == expected_tokens(longer, again)
+    assert ended_before
+
+
+def test_end_of_sequence_ids_outside_the_vocabulary_are_left_out():
+    runner = make_core().runner
+    settings = EngineConfig.create(env={}, model="fake", block_size=runner.block_size)
+    core = EngineCore(settings, runner, eos_token_ids=[-1, 1, VOCAB, VOCAB + 7])
+    assert core.eos_token_ids == {1} and core.info.eos_token_ids == [1]

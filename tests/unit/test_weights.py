@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from nanovllm_bento.errors import CheckpointError, CorruptFileError, ModelNotFoundError
 from nanovllm_bento.gguf_file import open_gguf
 from nanovllm_bento.models.config import ModelConfig
+from nanovllm_bento.models.decoder import DecoderForCausalLM
 from nanovllm_bento.models.gguf_weights import dequantize
 from nanovllm_bento.models.loader import load_model
 from nanovllm_bento.models.registry import build_model
+from tests.engine.tiny_models import make_tiny, read_config
 
 CONFIG = ModelConfig.from_dict(
     {
@@ -155,3 +157,22 @@ def test_dequantizing_equals_the_gguf_library(kind: str, tmp_path: Path) -> None
     wanted = torch.from_numpy(gguf.quants.dequantize(packed, raw_type)).view(6, 64)
     assert torch.equal(dequantize(file, file.tensors["x"]).float(), wanted)
     assert (wanted - torch.from_numpy(values)).abs().max() < 0.5
+
+
+def with_scales(folder: Path, scales: dict[str, float]) -> DecoderForCausalLM:
+    """The tiny checkpoint in ``folder`` with these tensors added."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, **{name: torch.tensor(value) for name, value in scales.items()}}, path, {"format": "pt"})
+    return load_model(read_config(folder), folder, dtype=torch.float32)
+
+
+def test_kv_cache_scales_are_read_where_every_layer_has_them(tmp_path: Path) -> None:
+    folder = make_tiny("qwen3", tmp_path)
+    names = [f"model.layers.{i}.self_attn.{kind}_scale" for i in range(2) for kind in ("k", "v")]
+    model = with_scales(folder, {names[0]: 0.5})
+    assert model.attentions[0].checkpoint_scales is None
+    model = with_scales(folder, {name: 0.5 + i for i, name in enumerate(names)})
+    assert [attention.checkpoint_scales for attention in model.attentions] == [(0.5, 1.5), (2.5, 3.5)]
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.v_scale is -1.0; a KV cache scale is a positive"):
+        with_scales(folder, {names[3]: -1.0})

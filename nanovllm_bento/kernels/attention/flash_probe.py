@@ -6,6 +6,7 @@ trial must not run in an engine; and as it takes seconds, an engine's start must
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -24,12 +25,12 @@ def probe(
     case: list[str | int] = [module, num_heads, num_kv_heads, head_dim, str(dtype).removeprefix("torch."), block_size]
     key = json.dumps([*case, _fingerprint(module), torch.cuda.get_device_name(), torch.__version__])
     cache = _cache_file()
-    try:
-        known = json.loads(cache.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if key not in known:
-        known[key] = _try(case)
+    known = _read(cache)
+    if key in known:
+        return known[key]
+    reason, lasting = _try(case)
+    if lasting:
+        known[key] = reason
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             partial = cache.with_suffix(f".{os.getpid()}")
@@ -37,11 +38,19 @@ def probe(
             partial.replace(cache)
         except OSError:
             pass  # asked again next time
-    reason: str | None = known[key]
     return reason
 
 
-def _try(case: list[str | int]) -> str | None:
+def _read(cache: Path) -> dict[str, str | None]:
+    try:
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _try(case: list[str | int]) -> tuple[str | None, bool]:
+    """(reason, whether it will be the same next time: not so where the GPU was busy, full or slow)."""
     root = str(Path(__file__).parents[3])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     try:
@@ -53,17 +62,23 @@ def _try(case: list[str | int]) -> str | None:
             timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        return f"a trial did not end within {TIMEOUT:.0f} s"
-    if done.returncode == 0:
-        reason: str | None = json.loads(done.stdout.splitlines()[-1])
-        return reason
-    lines = done.stderr.strip().splitlines()
-    return f"a trial ended its process ({lines[-1] if lines else f'exit status {done.returncode}'})"
+        return f"a trial did not end within {TIMEOUT:.0f} s", False
+    answer = done.stdout.strip().splitlines()
+    reason: str | None
+    if done.returncode == 0 and answer:
+        reason = json.loads(answer[-1])
+    else:
+        said = done.stderr.strip().splitlines()
+        reason = f"a trial ended its process ({said[-1] if said else f'exit status {done.returncode}'})"
+    return reason, reason is None or not re.search(r"out of memory|busy|unavailable", reason, re.IGNORECASE)
 
 
 def _fingerprint(module: str) -> list[object]:
     """What changes when the library is another build: file, size and time of its module."""
-    spec = find_spec(module)
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:  # its package is not there
+        spec = None
     if spec is None or spec.origin is None:
         return []
     stat = os.stat(spec.origin)

@@ -1,4 +1,5 @@
-"""Our own kernels as a backend: it works on every NVIDIA GPU since Ampere, for every head_dim and block size.
+"""Our own kernels as a backend: it works on every NVIDIA GPU since Ampere, for every head_dim up to 256 and every block
+size.
 
 Imports without Triton; a TritonAttention does not come to be without it.
 """
