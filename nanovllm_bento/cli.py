@@ -356,7 +356,7 @@ def bench_report(
     model: Annotated[str, typer.Option(help="Model, named as for serve.")] = "demo",
     sections: Annotated[
         str | None,
-        typer.Option(help="Some of throughput,steps,prefix,ttft,memory,kernels,startup; default: all.", metavar="A,B"),
+        typer.Option(help="Some of throughput,steps,prefill,prefix,ttft,memory,kernels,startup; all.", metavar="A,B"),
     ] = None,
     num_seqs: Annotated[
         str | None, typer.Option(help="Numbers of sequences; default: 1,16,64,256, on a CPU 1,4.", metavar="N,N")

@@ -25,11 +25,10 @@ from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.attention import select_backend
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.kernels.linear import linear, pack_weight
-from nanovllm_bento.kernels.rope_store import RopeStoreStep, make_step, qk_norm_rope_store
+from nanovllm_bento.kernels.rope_store import FP8_MAX, RopeStoreStep, make_step, qk_norm_rope_store
 from nanovllm_bento.models.config import ModelConfig
 
 MAX_SETS = 64
-FP8_MAX = 448.0
 DECODE_BOUND = 4096
 
 

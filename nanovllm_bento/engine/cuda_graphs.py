@@ -47,11 +47,6 @@ class DecodeGraphs:
         self._bucket_of: list[int | None] = [None] * (max_num_seqs + 1)
         self.wanted = graph_buckets(max_num_seqs)
 
-    @property
-    def sizes(self) -> list[int]:
-        """Buckets that were captured, ascending."""
-        return sorted(self._graphs)
-
     def capture(self) -> None:
         """Capture every bucket, largest first, so that the smaller ones fit into its memory.
 

@@ -17,8 +17,8 @@ from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.models.config import ModelConfig
 
 _CPU_CACHE_BYTES = 4 << 30
-_GRAPH_BYTES = 192 << 20
-"""Kept free for CUDA graphs' own bookkeeping and for what libraries allocate late."""
+GRAPH_BYTES = 192 << 20
+"""Kept free beside the largest decode step's pool: CUDA graphs' own bookkeeping, and what libraries allocate late."""
 
 MAX_BLOCKS = 1 << 19
 """Blocks that are made unasked, at most (8 million tokens of block_size 16): each costs the host some bookkeeping."""
@@ -129,8 +129,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def graph_reserve(decode_step_bytes: int) -> int:
-    """Bytes to keep for CUDA graphs whose largest step needs ``decode_step_bytes``: their pool, and bookkeeping."""
-    return decode_step_bytes + _GRAPH_BYTES

@@ -12,10 +12,10 @@ import torch
 from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.kernels.attention.torch_backend import TorchAttention
+from nanovllm_bento.kernels.rope_store import FP8_MAX
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.decoder import DecoderForCausalLM
 
-E4M3_MAX = 448.0
 NUM_TOKENS = 512
 ROOM = 2.0
 """How many times the largest value seen still fits."""
@@ -23,8 +23,8 @@ ROOM = 2.0
 
 def set_kv_scales(
     model: DecoderForCausalLM, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> str:
-    """Set k_scale and v_scale of every layer; returns where they came from: "checkpoint" or "calibrated".
+) -> None:
+    """Set k_scale and v_scale of every layer, from the checkpoint or calibrated.
 
     Raises ConfigError if they cannot be calibrated. Call it before the model gets its attention backend: calibration
     runs with one of its own.
@@ -33,7 +33,7 @@ def set_kv_scales(
         for attention in model.attentions:
             assert attention.checkpoint_scales is not None
             attention.k_scale, attention.v_scale = attention.checkpoint_scales
-        return "checkpoint"
+        return
     num_tokens = min(NUM_TOKENS, model.rotary.table.shape[0])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model_config.vocab_size, (num_tokens,), generator=generator).to(device)
@@ -64,5 +64,4 @@ def set_kv_scales(
                 f"kv_cache_dtype='fp8_e4m3' cannot be calibrated: in {dtype} this model has keys or values that are "
                 "not finite."
             )
-        attention.k_scale, attention.v_scale = (max(value * ROOM / E4M3_MAX, 1e-8) for value in largest)
-    return "calibrated"
+        attention.k_scale, attention.v_scale = (max(value * ROOM / FP8_MAX, 1e-8) for value in largest)

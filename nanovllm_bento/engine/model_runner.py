@@ -191,8 +191,7 @@ class ModelRunner:
         fills = len(chunks) > 1 and any(c.end > c.store_from and c.end % self.block_size == 0 for c in chunks)
         if fills and self.backend.fuses_decode:
             return None
-        num_rows = len(batch.sampled)
-        return self.graphs.find(num_rows) if num_rows <= self.config.max_num_seqs else None
+        return self.graphs.find(len(batch.sampled))
 
     def _launch_graph(self, batch: Batch, graph: DecodeGraph) -> InFlight:
         count = len(batch.sampled)
@@ -319,7 +318,7 @@ class ModelRunner:
                 "free. Lower max_num_batched_tokens or max_num_seqs, or use a smaller model."
             ) from error
         torch.cuda.empty_cache()
-        graphs = 0 if config.enforce_eager or not self.backend.capturable else kv_cache.graph_reserve(decode)
+        graphs = 0 if config.enforce_eager or not self.backend.capturable else decode + kv_cache.GRAPH_BYTES
         # A prefill step may sample max_num_seqs rows while all its hidden states are there.
         hidden = num_tokens * self.model_config.hidden_size * self.torch_dtype.itemsize
         return kv_cache.MemoryUse(total, free, weights, max(prefill, decode + hidden), graphs)

@@ -25,7 +25,6 @@ def runs_in_a_graph(*chunks: tuple[int, int, int], fuses_decode: bool = True, sa
         graphs=SimpleNamespace(find=lambda rows: f"graph of {rows}"),
         block_size=16,
         backend=SimpleNamespace(fuses_decode=fuses_decode),
-        config=SimpleNamespace(max_num_seqs=8),
     )
     found = ModelRunner._find_graph(runner, Batch(1, prefill=prefill, sampled=[None] * len(prefill)))
     assert found in (None, f"graph of {len(prefill)}")
