@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from nanovllm_bento.bench import kernels, markdown, offline, prefix, roofline, steps, workloads
 from nanovllm_bento.bench.environment import environment, write_result
+from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.hub import load_config_dict, resolve_model
@@ -93,6 +94,11 @@ def failed_sections(result: dict[str, Any]) -> list[str]:
     return [name for name, section in result["sections"].items() if section["errors"]]
 
 
+def _settings_in_effect(model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Every engine setting that is not the default, the environment's included."""
+    return EngineConfig.create(model=model, **settings).model_dump(exclude_defaults=True, exclude={"model"})
+
+
 class _Report:
     """One run: options made definite, and the result as it grows."""
 
@@ -119,7 +125,7 @@ class _Report:
             "random_weights": options.random_weights or self.settings.get("load_format") == "dummy",
             "device": kind,
             "dtype": None,
-            "settings": self.settings,
+            "settings": _settings_in_effect(options.model, self.settings),
             "ceilings": None,
             "sections": {},
             "peers": options.peers,

@@ -236,7 +236,7 @@ def test_fused_graph_replays_follow_the_buffers(num_rows: int, kv_dtype: torch.d
 
 
 def flash_or_skip(**shape: object) -> AttentionBackend:
-    found, reason = find_library(int(str(shape["block_size"])), torch.device("cuda"))
+    found, reason = find_library(int(str(shape.get("block_size", 16))), torch.device("cuda"))
     if found is None:
         pytest.skip(str(reason))
     return backend("flash_attn", **shape)
