@@ -19,7 +19,7 @@ from nanovllm_bento.layers.embedding import LMHead, TokenEmbedding
 from nanovllm_bento.layers.linear import MergedLinear
 from nanovllm_bento.layers.norm import RMSNorm
 from nanovllm_bento.layers.rotary import RotaryEmbedding
-from nanovllm_bento.layers.weight_spec import WeightSpec
+from nanovllm_bento.layers.weight_spec import WeightSpec, allocate
 from nanovllm_bento.models.config import ModelConfig
 
 
@@ -192,7 +192,7 @@ class DecoderForCausalLM(nn.Module):
         num_positions: length of the rotary table, in tokens.
         """
         for part, specs in self._parts():
-            part.to_empty(device=device)
+            allocate(part, device)
             for spec in specs:
                 fill(spec)
             if isinstance(part, DecoderLayer):

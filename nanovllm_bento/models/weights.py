@@ -85,10 +85,11 @@ def _safetensors_files(folder: Path) -> list[Path]:
     paths = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
     if paths:
         return paths
-    if any(folder.glob("*.bin")):
+    pickled = sorted(path.name for kind in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{kind}"))
+    if pickled:
         raise ModelNotFoundError(
-            f"{folder} holds no .safetensors file, only pickled .bin weights, which are not loaded for safety: "
-            "unpickling can run any code. Convert them to safetensors first."
+            f"{folder} holds no .safetensors file, only pickled weights ({pickled[0]}), which are not loaded for "
+            "safety: unpickling can run any code. Convert them to safetensors first."
         )
     raise ModelNotFoundError(f"{folder} holds no .safetensors file; download the model again or give another folder.")
 

@@ -5,6 +5,7 @@ character however long the stop string is, and its state is at once the length o
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -62,8 +63,9 @@ class StopMatcher:
         return None
 
 
+@lru_cache(maxsize=256)
 def _failure_table(stop: str) -> list[int]:
-    """Entry i: length of the longest proper prefix of ``stop`` that ends stop[: i + 1]."""
+    """Entry i: length of the longest proper prefix of ``stop`` that ends stop[: i + 1]. Nobody writes to it."""
     table = [0] * len(stop)
     length = 0
     for i in range(1, len(stop)):

@@ -14,23 +14,24 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "nanovllm_bento"
 NAME = "nanovllm_bento"
 
-LEAVES = {"errors", "outputs", "sampling_params", "config", "gguf_file", "hub", "text"}
+LEAVES = {"errors", "outputs", "sampling_params", "config", "gguf_file", "hub", "text", "log_format"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "outputs": set(),
     "sampling_params": {"errors"},
     "config": {"errors"},
+    "log_format": set(),
     "gguf_file": {"errors"},
     "hub": {"errors", "models.gguf", "gguf_file", "text.tokenizer"},
     "text": {"errors", "gguf_file", "hub", "sampling_params", "outputs", "config"},
     "kernels": {"errors"},
     "layers": {"errors", "sampling_params", "kernels"},
     "models": {"errors", "gguf_file", "hub", "kernels", "layers"},
-    "engine": {"errors", "config", "hub", "sampling_params", "outputs", "kernels", "layers", "models"},
+    "engine": {"errors", "config", "log_format", "hub", "sampling_params", "outputs", "kernels", "layers", "models"},
     "serving": (LEAVES - {"outputs"}) | {"engine.client", "engine.messages", "engine.request", "engine.process_client"},
     "llm": LEAVES | {"engine"},
     "bench": LEAVES | {"kernels", "layers", "models", "engine", "llm", "serving"},
-    "cli": LEAVES | {"kernels", "models", "engine", "llm", "bench"},
+    "cli": LEAVES | {"kernels", "models", "engine", "llm", "bench", "serving.resources"},
 }
 """What each part may import of this package beside itself. A dotted name allows that one module only."""
 
@@ -42,6 +43,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "outputs": WEB | TEXT | TENSORS,
     "sampling_params": WEB | TEXT | TENSORS,
     "config": WEB | TEXT | TENSORS,
+    "log_format": WEB | TEXT | TENSORS,
     "gguf_file": WEB | TEXT | TENSORS,
     "hub": {"torch", "triton", "transformers"},
     "text": WEB | TENSORS | {"transformers"},
@@ -124,9 +126,9 @@ def test_only_llm_and_the_tools_import_the_engine_itself() -> None:
 
 
 def loaded_after(statements: str, block: str = "") -> set[str]:
-    """Which of torch, transformers and triton a fresh interpreter has loaded after some statements."""
+    """Which of the heavy packages a fresh interpreter has loaded after some statements."""
     code = f"import sys\n{block}\n{statements}\n"
-    code += "print(*[m for m in ('torch', 'transformers', 'triton') if sys.modules.get(m)])"
+    code += "print(*[m for m in ('torch', 'torch._dynamo', 'transformers', 'triton', 'sympy') if sys.modules.get(m)])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines()[-1].split()) if done.stdout.strip() else set()
@@ -155,6 +157,22 @@ def test_all_but_the_triton_sources_import_without_triton() -> None:
     """Those (*_triton.py) are imported by the dispatch functions, for tensors on a GPU."""
     parts = ("kernels", "layers", "models", "engine")
     assert "torch" in loaded_after(import_all(*parts, but="_triton"), block="sys.modules['triton'] = None")
+
+
+TINY = """
+from nanovllm_bento.models.config import ModelConfig
+from nanovllm_bento.models.loader import load_model
+import torch
+config = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", hidden_size=32, intermediate_size=64,
+    vocab_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=True, torch_dtype="float32")
+load_model(ModelConfig.from_dict(config), "unused", dtype=torch.float32, load_format="dummy")
+"""
+
+
+def test_loading_a_model_imports_no_compiler() -> None:
+    """torch pulls in sympy and its compiler for some innocent calls: seconds of every start."""
+    assert loaded_after(TINY) == {"torch"}
 
 
 def pins(name: str) -> dict[str, str]:
@@ -186,8 +204,15 @@ def test_a_bento_installs_the_pinned_dependencies_without_bentoml() -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-    distribution = {"zmq": "pyzmq", "starlette": "fastapi", "pydantic_core": "pydantic", NAME: ""}
+    distribution = {
+        "zmq": "pyzmq",
+        "starlette": "fastapi",
+        "pydantic_core": "pydantic",
+        "pynvml": "nvidia-ml-py",
+        NAME: "",
+    }
     optional = {"triton", "transformers", "flash-attn", "flash-attn-interface", "matplotlib", "sentencepiece"}
+    optional |= {"opentelemetry"}
     used = {
         normal(distribution.get(top, top))
         for module, path in modules().items()
