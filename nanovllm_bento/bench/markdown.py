@@ -250,6 +250,8 @@ def _startup(rows: list[dict[str, Any]], result: dict[str, Any]) -> list[str]:
 
 
 def _quality(quality: Any) -> list[str]:
+    if isinstance(quality, dict) and quality.get("benchmark") == "kv-quality":
+        return _kv_quality(quality)
     rows = quality.get("rows") if isinstance(quality, dict) else None
     if not rows:
         import json
@@ -258,6 +260,27 @@ def _quality(quality: Any) -> list[str]:
     headers = list(dict.fromkeys(name for row in rows for name in row))
     said = [quality["note"]] if quality.get("note") else []
     return [*said, table(headers, [[row.get(name) for name in headers] for row in rows])]
+
+
+def _kv_quality(quality: dict[str, Any]) -> list[str]:
+    """The result of benchmarks/kv_quality.py."""
+    greedy, perplexity = quality["greedy"], quality["perplexity"]
+    lines = [
+        ["tokens predicted", quality["num_tokens"]],
+        ["KL, mean", round(quality["kl_mean"], 4)],
+        ["KL, 99th percentile", round(quality["kl_p99"], 3)],
+        ["most likely token is the same", f"{quality['top1_agreement']:.1%}"],
+        [f"perplexity, {quality['dtype']} cache", round(perplexity["auto"], 2)],
+        [f"perplexity, {quality['kv_cache_dtype']} cache", round(perplexity[quality["kv_cache_dtype"]], 2)],
+        ["greedy continuations", f"{greedy['prompts']} of {greedy['tokens']} tokens"],
+        ["of them identical", greedy["identical"]],
+        ["tokens until they part, mean", greedy["mean_shared_prefix"]],
+    ]
+    return [
+        f"{quality['kv_cache_dtype']} KV cache against {quality['dtype']}, on real weights ({quality['model']}) and "
+        f"real text ({', '.join(quality['texts'])}).",
+        table(["", ""], lines),
+    ]
 
 
 _SECTIONS: dict[str, tuple[str, Callable[[list[dict[str, Any]], dict[str, Any]], list[str]]]] = {

@@ -529,6 +529,13 @@ def test_a_peer_stands_beside_the_row_it_belongs_to(tmp_path: Path) -> None:
     assert "1.40×" not in markdown.render(result)
 
 
+def test_markdown_tells_what_an_fp8_cache_costs_in_quality() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    text = markdown.render({**a_report(), "quality": json.loads((results / "h100_kv_quality.json").read_text())})
+    assert "| most likely token is the same | 94.3% |" in text
+    assert "scales" not in text
+
+
 def test_markdown_holds_every_section_and_the_quality_file() -> None:
     result = a_report()
     result["quality"] = {"note": "on SmolLM2", "rows": [{"kv_cache_dtype": "fp8_e4m3", "KL": 0.002}]}
