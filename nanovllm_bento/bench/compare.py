@@ -26,6 +26,17 @@ METRICS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 """Section of a report -> the fields that name a row, and its numbers with the direction that is better."""
 
 
+SERVE_METRICS = {
+    "requests_per_s": UP,
+    "output_tok_s": UP,
+    "goodput.requests_per_s": UP,
+    **{f"{metric}_ms.{at}": DOWN for metric in ("ttft", "tpot", "itl", "e2el") for at in ("median", "p99")},
+    "prefix_cache.hit_rate": UP,
+    "requests.failed": DOWN,
+}
+"""Numbers of a run of ``bench serve``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One number of both files. ``change``: (new - old) / old. worse: in the wrong direction beyond the threshold."""
@@ -75,8 +86,23 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         "model": (old.get("model"), new.get("model")),
         "settings": (old.get("settings"), new.get("settings")),
         "random weights": (old.get("random_weights"), new.get("random_weights")),
+        "endpoint": (old.get("endpoint"), new.get("endpoint")),
+        "workloads": (_serve_workloads(old), _serve_workloads(new)),
+        "client-bound runs": (_client_bound(old), _client_bound(new)),
     }
+    if old.get("benchmark") == new.get("benchmark") == "serve":
+        del subjects["settings"]  # those of the client: what matters of them is in the workloads
     return [f"{name}: {a} against {b}" for name, (a, b) in subjects.items() if a != b]
+
+
+def _serve_workloads(result: dict[str, Any]) -> list[Any]:
+    return [run.get("workload") for run in result.get("runs", []) if result.get("benchmark") == "serve"]
+
+
+def _client_bound(result: dict[str, Any]) -> list[str]:
+    """Runs of bench serve whose numbers may be the client's."""
+    runs = result.get("runs", []) if result.get("benchmark") == "serve" else []
+    return [run["name"] for run in runs if run["client"]["bound"] or run["client"]["starved"]]
 
 
 def lost(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -86,16 +112,17 @@ def lost(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def numbers(result: dict[str, Any]) -> Iterator[tuple[str, tuple[float, str]]]:
-    """(name, (value, better direction)) of a report's or an offline benchmark's numbers."""
+    """(name, (value, better direction)) of the numbers of a report, an offline benchmark or bench serve."""
     for section, (id_fields, metrics) in METRICS.items():
         for row in result.get("sections", {}).get(section, {}).get("rows", []):
             name = ", ".join(str(row[field]) for field in id_fields if row.get(field) is not None)
             for metric, better in metrics.items():
-                value: Any = row
-                for part in metric.split("."):
-                    value = value.get(part) if isinstance(value, dict) else None
-                if value is not None:
+                if (value := _field(row, metric)) is not None:
                     yield f"{section}: {name}: {metric}", (float(value), better)
+    for run in result.get("runs", []) if result.get("benchmark") == "serve" else ():
+        for metric, better in SERVE_METRICS.items():
+            if (value := _field(run, metric)) is not None:
+                yield f"serve: {run['name']}: {metric}", (float(value), better)
     for batch in result.get("batches", [result] if "results" in result else []):
         for row in batch["results"]:
             for metric in ("tok_s_first", "tok_s_best"):
@@ -103,6 +130,14 @@ def numbers(result: dict[str, Any]) -> Iterator[tuple[str, tuple[float, str]]]:
                 yield name, (float(row[metric]), UP)
     for engine, seconds in result.get("load_seconds", {}).items():
         yield f"load: {engine}: seconds", (float(seconds), DOWN)
+
+
+def _field(row: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    value: Any = row
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def read_result(path: Path) -> dict[str, Any]:
