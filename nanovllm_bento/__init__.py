@@ -7,11 +7,11 @@ never imports torch.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "ScoreOutput", "__version__"]
 
 if TYPE_CHECKING:
     from nanovllm_bento.llm import LLM
-    from nanovllm_bento.outputs import CompletionOutput, RequestOutput
+    from nanovllm_bento.outputs import CompletionOutput, RequestOutput, ScoreOutput
     from nanovllm_bento.sampling_params import SamplingParams
 
 
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
         from nanovllm_bento.sampling_params import SamplingParams
 
         return SamplingParams
-    if name in ("RequestOutput", "CompletionOutput"):
+    if name in ("RequestOutput", "CompletionOutput", "ScoreOutput"):
         from nanovllm_bento import outputs
 
         return getattr(outputs, name)

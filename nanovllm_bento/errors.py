@@ -93,6 +93,14 @@ class EngineDeadError(EngineError):
     """The engine ended or hangs; the request could not be finished."""
 
 
+class ShuttingDownError(EngineDeadError):
+    """The service ends, and the request had not finished in the time it was given for that."""
+
+
+class DeadlineExceededError(EngineError):
+    """The request's deadline passed before it had finished."""
+
+
 class EngineNotReadyError(EngineError):
     """The engine is still starting, or is being restarted."""
 

@@ -1,8 +1,11 @@
-"""Offline inference: ``LLM(model).generate(prompts)`` and ``.chat(messages)``, with the engine in this process."""
+"""Offline inference: ``LLM(model).generate(prompts)``, ``.chat(messages)`` and ``.score(contexts, continuations)``.
+
+The engine runs in this process.
+"""
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -10,13 +13,14 @@ from tqdm import tqdm
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.messages import Add, pack_tokens
-from nanovllm_bento.engine.request import resolve_request
+from nanovllm_bento.engine.request import check_score, resolve_request
 from nanovllm_bento.errors import EngineError, InvalidRequestError
 from nanovllm_bento.hub import resolve_model
-from nanovllm_bento.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanovllm_bento.outputs import CompletionOutput, RequestMetrics, RequestOutput, ScoreOutput
 from nanovllm_bento.sampling_params import MAX_SEED, SamplingParams
 from nanovllm_bento.text.chat_template import ChatTemplate
 from nanovllm_bento.text.detokenizer import IncrementalDetokenizer
+from nanovllm_bento.text.pairs import continuation_ids, move_spaces
 from nanovllm_bento.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -101,6 +105,62 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def score(
+        self,
+        contexts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        continuations: str | Sequence[int] | Sequence[str | Sequence[int]],
+        use_tqdm: bool = True,
+    ) -> list[ScoreOutput]:
+        """Log-probabilities of each continuation's tokens after its context, in one forward pass; nothing is sampled.
+
+        contexts, continuations: a str or a list of token ids, or a list of these; one context may serve all
+        continuations. Two strs are tokenized together, as lm-evaluation-harness does (text.pairs). A context has at
+        least one token. Raises InvalidRequestError for a bad pair, before anything runs.
+        """
+        all_contexts, all_continuations = _as_list(contexts), _as_list(continuations)
+        if len(all_contexts) == 1:
+            all_contexts *= len(all_continuations)
+        if len(all_contexts) != len(all_continuations):
+            raise InvalidRequestError(
+                f"There are {len(all_contexts)} contexts but {len(all_continuations)} continuations; give one context "
+                "or one each.",
+                param="continuations",
+            )
+        pairs = [self._tokenize_pair(*pair) for pair in zip(all_contexts, all_continuations, strict=True)]
+        for context, continuation in pairs:
+            check_score(context + continuation, len(continuation), self.core.info, param="contexts")
+        open_ids: dict[str, int] = {}
+        outputs: list[ScoreOutput | None] = [None] * len(pairs)
+        progress = tqdm(total=len(pairs), desc="Scoring", unit="req", dynamic_ncols=True, disable=not use_tqdm)
+        try:
+            for i, (context, continuation) in enumerate(pairs):
+                request_id = f"score-{next(self._request_ids)}"
+                tokens, nothing = pack_tokens(context + continuation), SamplingParams(seed=0)
+                self.core.add(Add(request_id, tokens, nothing, task="score", num_scored=len(continuation)))
+                open_ids[request_id] = i
+            while open_ids:
+                for _, item in self.core.step():
+                    if item.finish_reason == "error":
+                        raise EngineError(item.error)
+                    i = open_ids.pop(item.request_id)
+                    assert item.logprobs is not None and item.is_greedy is not None
+                    outputs[i] = ScoreOutput(*pairs[i], item.logprobs, item.is_greedy, item.num_cached_tokens)
+                    progress.update()
+        finally:
+            progress.close()
+            self._abort(open_ids)
+        return [output for output in outputs if output is not None]
+
+    def _tokenize_pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
+        if isinstance(context, str) and isinstance(continuation, str):
+            context, continuation = move_spaces(context, continuation)
+            context_ids = self.tokenizer.encode(context)
+            rest = continuation_ids(self.tokenizer.encode(context + continuation), context_ids)
+            return context_ids, rest or self.tokenizer.encode(continuation, add_special_tokens=False)
+        if isinstance(continuation, str):
+            return self._tokenize(context)[1], self.tokenizer.encode(continuation, add_special_tokens=False)
+        return self._tokenize(context)[1], self._tokenize(continuation)[1]
+
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
             unknown = set(prompt) - {"prompt", "prompt_token_ids"}
@@ -150,9 +210,11 @@ class LLM:
             progress.close()
 
     def _abort_open(self, requests: list["_Request"]) -> None:
-        for request in requests:
-            for request_id in request.open_ids:
-                self.core.abort(request_id)
+        self._abort(request_id for request in requests for request_id in request.open_ids)
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self.core.abort(request_id)
         while self.core.has_work and not self.core.scheduler.sequences:
             self.core.step()  # read what is in flight, so that blocks come free
 

@@ -43,3 +43,23 @@ class RequestOutput:
     finished: bool = False
     num_cached_tokens: int | None = None
     metrics: RequestMetrics | None = None
+
+
+@dataclass(slots=True)
+class ScoreOutput:
+    """How likely a continuation is after its context.
+
+    logprobs: natural logarithm of each continuation token's probability. is_greedy: whether that token was the most
+    likely one. ``num_cached_tokens`` context tokens came from the prefix cache.
+    """
+
+    context_token_ids: list[int]
+    continuation_token_ids: list[int]
+    logprobs: list[float]
+    is_greedy: list[bool]
+    num_cached_tokens: int = 0
+
+    @property
+    def sum_logprob(self) -> float:
+        """Log-probability of the whole continuation."""
+        return sum(self.logprobs)

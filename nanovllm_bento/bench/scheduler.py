@@ -10,7 +10,7 @@ from tqdm import tqdm
 from nanovllm_bento.bench.environment import environment
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.block_manager import BlockManager
-from nanovllm_bento.engine.messages import pack_tokens
+from nanovllm_bento.engine.messages import pack_tokens, token_array
 from nanovllm_bento.engine.scheduler import Batch, Scheduler
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.sampling_params import SamplingParams
@@ -44,7 +44,8 @@ def _time_steps(num_seqs: int, num_steps: int) -> dict[str, float]:
     scheduler = Scheduler(config, BlockManager(num_blocks, config.block_size))
     for i, length in enumerate(lengths):
         prompt = [random.randrange(VOCAB_SIZE) for _ in range(length)]
-        scheduler.add(Sequence(str(i), prompt, length, SamplingParams(max_tokens=max_tokens, seed=i)))
+        sampling = SamplingParams(max_tokens=max_tokens, seed=i)
+        scheduler.add(Sequence(str(i), token_array(pack_tokens(prompt)), length, sampling))
     pending: Batch | None = scheduler.schedule()
     while scheduler.num_waiting or scheduler.prefilling:  # prefill everything, untimed
         pending = _advance(scheduler, pending, random)
@@ -81,7 +82,7 @@ def _time_lookup(prompt_len: int, num_repeats: int) -> dict[str, float]:
 
     def sequence() -> Sequence:
         sampling = SamplingParams(max_tokens=1, seed=0)
-        return Sequence("a", list(prompt), prompt_len, sampling, packed_tokens=packed)
+        return Sequence("a", token_array(packed), prompt_len, sampling)
 
     first = sequence()
     assert manager.allocate(first)

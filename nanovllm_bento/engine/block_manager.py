@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from xxhash import xxh3_128_digest
 
-from nanovllm_bento.engine.messages import pack_tokens
 from nanovllm_bento.engine.sequence import Sequence
 
 
@@ -62,10 +61,7 @@ class BlockManager:
         if not self.enable_prefix_caching or start == end:
             return
         step, seed = 4 * size, self.hash_seed
-        if end * step <= len(seq.packed_tokens):
-            data = seq.packed_tokens[start * step : end * step]
-        else:
-            data = pack_tokens(seq.token_ids[start * size : end * size])
+        data = seq.token_ids[start * size : end * size].tobytes()
         parent = hashes[-1] if hashes else b"salt:" + seq.cache_salt.encode()
         for offset in range(0, len(data), step):
             block_tokens = data[offset : offset + step]
@@ -88,8 +84,8 @@ class BlockManager:
     def allocate(self, seq: Sequence, *, reserve: int = 0) -> bool:
         """Give seq blocks for all its known tokens, shared ones first, and set num_computed_tokens to what those hold.
 
-        A sequence whose every token is cached still computes its last one, to have logits to sample from. Returns
-        False, with nothing changed, if fewer than ``reserve`` blocks would be left free.
+        Tokens whose logits are needed are computed although they are cached: the last one, to sample from it, and those
+        that score the next. Returns False, with nothing changed, if fewer than ``reserve`` blocks would be left free.
         """
         assert not seq.block_table
         hits = self.lookup(seq)
@@ -106,7 +102,7 @@ class BlockManager:
             self.append_block(seq)
         num_hit_tokens = len(hits) * self.block_size
         seq.num_published_blocks = len(hits)
-        seq.num_computed_tokens = min(num_hit_tokens, len(seq.token_ids) - 1)
+        seq.num_computed_tokens = min(num_hit_tokens, seq.max_cached_tokens)
         if self.enable_prefix_caching:
             self.num_queried_tokens += len(seq.token_ids)
             self.num_hit_tokens += seq.num_computed_tokens

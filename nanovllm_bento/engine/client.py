@@ -1,10 +1,26 @@
 """How callers reach an engine from asyncio: the EngineClient protocol. serving depends on this alone."""
 
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from nanovllm_bento.engine.messages import EngineInfo, EngineStats, OutputItem
 from nanovllm_bento.sampling_params import SamplingParams
+
+
+class Pace:
+    """How many new tokens are joined before the reader of a request is woken; may change while requests run.
+
+    Tokens that come while a reader is busy are joined anyway. The first and the last are never held back.
+    """
+
+    __slots__ = ("tokens",)
+
+    def __init__(self, tokens: int = 1) -> None:
+        self.tokens = tokens
+
+
+EVERY_STEP = Pace(1)
 
 
 class EngineClient(Protocol):
@@ -15,8 +31,16 @@ class EngineClient(Protocol):
         """Whether requests are served now."""
 
     @property
+    def is_responsive(self) -> bool:
+        """Whether it is ready and has been heard of lately. A silent engine may be in a long step, or hang."""
+
+    @property
     def failure(self) -> str | None:
         """Why no engine will come, once that is certain."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Once started: where the workers of the service share files. None: there is no such place."""
 
     @property
     def info(self) -> EngineInfo:
@@ -32,6 +56,9 @@ class EngineClient(Protocol):
     async def close(self) -> None:
         """Abort what is open and let go of the engine."""
 
+    def abort_all(self, why: str) -> None:
+        """End every open request with ShuttingDownError(why), here and in the engine."""
+
     def generate(
         self,
         request_id: str,
@@ -40,10 +67,18 @@ class EngineClient(Protocol):
         *,
         cache_salt: str = "",
         priority: int = 0,
+        deadline: float | None = None,
+        pace: Pace = EVERY_STEP,
+        num_scored: int = 0,
     ) -> AsyncIterator[OutputItem]:
         """Run one request; ``sampling`` is resolved (engine.request.resolve_request).
 
-        Yields an item per step with new tokens; the last one has a finish_reason. Closing the iterator or cancelling
-        its task aborts the request in the engine, also before the first token. Raises EngineNotReadyError when the
-        engine is not ready, EngineDeadError when it ended and the request could not be resumed.
+        deadline: time.time() by which it must have finished. Yields what came since the item before, joined; the last
+        one has a finish_reason. What is not read yet is kept as token ids, at most max_tokens of them. Closing the
+        iterator or cancelling its task aborts the request in the engine, also before the first token. Raises
+        EngineNotReadyError when the engine is not ready, EngineDeadError when it ended and the request could not be
+        resumed, DeadlineExceededError, or EngineError for what else the engine could not finish.
+
+        num_scored: nothing is generated; the only item has the log-probabilities of so many of the last tokens
+        (engine.request.check_score).
         """

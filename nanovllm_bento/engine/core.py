@@ -4,15 +4,28 @@ One step is in flight while the next is prepared: ``step`` schedules and launche
 of batch N. The same code runs on a GPU, which answers later, and on a CPU, which has answered when launch returns.
 """
 
+import math
 import time
+from array import array
+from bisect import bisect_left
 from collections import Counter
 from typing import Protocol, Self
 
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.block_manager import BlockManager
-from nanovllm_bento.engine.messages import Add, EngineInfo, EngineStats, OutputItem, pack_tokens, unpack_tokens
+from nanovllm_bento.engine.messages import (
+    DEADLINE_EXCEEDED,
+    ENGINE_FAULT,
+    ITERATION_TOKENS_BUCKETS,
+    Add,
+    EngineInfo,
+    EngineStats,
+    OutputItem,
+    pack_tokens,
+    token_array,
+)
 from nanovllm_bento.engine.model_runner import ModelRunner, choose_device
-from nanovllm_bento.engine.request import resolve_request
+from nanovllm_bento.engine.request import check_score, resolve_request
 from nanovllm_bento.engine.scheduler import Batch, Scheduler
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.errors import ConfigError, DeviceMemoryError, InvalidRequestError
@@ -20,8 +33,11 @@ from nanovllm_bento.hub import eos_token_ids, load_config_dict, resolve_model
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.sampling_params import SamplingParams
 
+_NAN = "The model's logits were not numbers (NaN)."
 _STEP_TOKENS = {"cuda": 8192, "cpu": 2048}
 """max_num_batched_tokens where it is not given."""
+_NO_SAMPLING = SamplingParams(max_tokens=1, seed=0)
+"""Of a sequence that is scored: it ends where a first token would be."""
 
 
 class InFlight(Protocol):
@@ -29,7 +45,11 @@ class InFlight(Protocol):
 
     batch: Batch
 
-    def wait(self) -> list[int]: ...
+    def wait(self) -> list[int]:
+        """One token per row of batch.sampled, once they are there."""
+
+    def read_scores(self) -> tuple[list[float], list[bool]]:
+        """After ``wait``, of each row of batch.scored: log-probability of the next token, and whether it is greedy."""
 
 
 class Runner(Protocol):
@@ -72,6 +92,7 @@ class EngineCore:
         eos_token_ids = [token for token in eos_token_ids if 0 <= token < runner.vocab_size]  # others cannot be sampled
         self.eos_token_ids = frozenset(eos_token_ids)
         self.totals: Counter[str] = Counter()
+        self.iteration_tokens = [0] * (len(ITERATION_TOKENS_BUCKETS) + 1)
         self.info = EngineInfo(
             max_model_len=runner.max_model_len,
             vocab_size=runner.vocab_size,
@@ -126,17 +147,24 @@ class EngineCore:
             prefix_cache_hits=self.block_manager.num_hit_tokens,
             prompt_tokens=self.totals["prompt_tokens"],
             generation_tokens=self.totals["generation_tokens"],
+            iteration_tokens=self.iteration_tokens.copy(),
+            iteration_tokens_sum=self.totals["iteration_tokens"],
+            num_deadlines_exceeded=self.totals["deadlines_exceeded"],
+            oldest_waiting_seconds=(now := time.monotonic()) - self.scheduler.oldest_arrival(default=now),
         )
 
     def add(self, request: Add, client_id: bytes = b"") -> Sequence:
         """Queue a request. Raises InvalidRequestError, with nothing changed, if it cannot be served as asked."""
-        prompt = unpack_tokens(request.prompt_token_ids)
-        outputs = unpack_tokens(request.output_token_ids)
-        sampling = resolve_request(prompt, request.sampling, self.info)
         if request.request_id in self.scheduler.sequences:
             raise InvalidRequestError(f"A request {request.request_id!r} is running already.", param="request_id")
-        if request.task != "generate" or request.deadline is not None or sampling.n != 1:
-            raise InvalidRequestError("The engine takes only task='generate', n=1 and no deadline so far.")
+        try:
+            token_ids, outputs = token_array(request.prompt_token_ids), token_array(request.output_token_ids)
+        except ValueError:
+            raise InvalidRequestError("Token ids are not whole int32 numbers.", param="prompt") from None
+        sampling, continuation = self._resolve(request, token_ids)
+        num_prompt_tokens = len(token_ids)
+        if continuation:
+            token_ids.pop()
         if request.priority != 0 and self.config.scheduling_policy != "priority":
             raise InvalidRequestError(
                 "priority needs an engine with scheduling_policy='priority'; this one is first come, first served.",
@@ -145,20 +173,36 @@ class EngineCore:
         assert sampling.max_tokens is not None
         if len(outputs) >= sampling.max_tokens:
             raise InvalidRequestError(f"The request has all its {sampling.max_tokens} output tokens already.")
+        now = time.monotonic()
         seq = Sequence(
             request_id=request.request_id,
-            token_ids=prompt + outputs,
-            num_prompt_tokens=len(prompt),
+            token_ids=token_ids + outputs,
+            num_prompt_tokens=len(token_ids),
             sampling=sampling,
             eos_token_ids=self.eos_token_ids,
             client_id=client_id,
             cache_salt=request.cache_salt,
-            packed_tokens=request.prompt_token_ids + request.output_token_ids,
             priority=request.priority,
+            arrived_at=now,
+            deadline=math.inf if request.deadline is None else now + request.deadline - time.time(),
+            continuation=continuation,
         )
         self.scheduler.add(seq)
-        self.totals["prompt_tokens"] += len(prompt)
+        self.totals["prompt_tokens"] += num_prompt_tokens
         return seq
+
+    def _resolve(self, request: Add, token_ids: "array[int]") -> tuple[SamplingParams, list[int]]:
+        """A request's sampling parameters with nothing left open, and the tokens to score, if it is for that."""
+        if request.deadline is not None and not math.isfinite(request.deadline):
+            raise InvalidRequestError(f"deadline must be a finite time, got {request.deadline}.", param="deadline")
+        if request.task == "score":
+            if request.output_token_ids:
+                raise InvalidRequestError("A score has no output tokens.")
+            check_score(token_ids, request.num_scored, self.info)
+            return _NO_SAMPLING, list(token_ids[-request.num_scored :])
+        if request.task != "generate" or request.num_scored or request.sampling.n != 1:
+            raise InvalidRequestError("The engine takes task='generate' (with n=1) or 'score'.")
+        return resolve_request(token_ids, request.sampling, self.info), []
 
     def abort(self, request_id: str) -> None:
         """End a request; nothing more is returned of it. Unknown (ended) ones are ignored."""
@@ -166,9 +210,13 @@ class EngineCore:
 
     def step(self) -> list[tuple[Sequence, OutputItem]]:
         """Launch the next step, then collect the one before it. Returns what became known, maybe nothing."""
+        expired = self.scheduler.expire(time.monotonic()) if self.scheduler.deadlines else []
         batch = self.scheduler.schedule()
         launched, failure = None, None
         if batch is not None:
+            num_tokens = batch.num_tokens
+            self.iteration_tokens[bisect_left(ITERATION_TOKENS_BUCKETS, num_tokens)] += 1
+            self.totals["iteration_tokens"] += num_tokens
             try:
                 launched = self.runner.launch(batch)
             except DeviceMemoryError as error:
@@ -177,19 +225,34 @@ class EngineCore:
         outputs = [] if collected is None else self._commit(collected)
         if failure is not None:
             assert batch is not None
-            for seq in self.scheduler.fail(batch):
-                outputs.append((seq, OutputItem(seq.request_id, [], "error", error=str(failure))))
+            outputs += [_failed(seq, ENGINE_FAULT, str(failure)) for seq in self.scheduler.fail(batch)]
+        for seq in expired:
+            self.totals["deadlines_exceeded"] += 1
+            state = f"after {seq.num_output_tokens} tokens" if seq.scheduled_at else "while it waited"
+            outputs.append(_failed(seq, DEADLINE_EXCEEDED, f"The request's deadline passed {state}."))
         return outputs
 
     def _commit(self, collected: InFlight) -> list[tuple[Sequence, OutputItem]]:
         outputs = []
-        for seq, token in self.scheduler.commit(collected.batch, collected.wait()):
+        batch = collected.batch
+        for seq, token in self.scheduler.commit(batch, collected.wait()):
             if token < 0:
-                item = OutputItem(seq.request_id, [], "error", error="The model's logits were not numbers (NaN).")
-            else:
-                item = OutputItem(seq.request_id, [token], seq.finish_reason, seq.stop_reason, seq.num_cached_tokens)
+                outputs.append(_failed(seq, ENGINE_FAULT, _NAN))
+                continue
+            item = OutputItem(
+                seq.request_id,
+                [token],
+                seq.finish_reason,
+                seq.stop_reason,
+                seq.num_cached_tokens,
+                None,
+                None,
+                seq.scheduled_at,
+            )
             outputs.append((seq, item))
         self.totals["generation_tokens"] += len(outputs)
+        if batch.scored:
+            outputs += map(_scored, self.scheduler.commit_scores(batch, *collected.read_scores()))
         return outputs
 
     def check(self) -> None:
@@ -211,6 +274,26 @@ class EngineCore:
             self.step()
         self.block_manager.enable_prefix_caching = enabled
         self.totals.clear()
+        self.iteration_tokens = [0] * len(self.iteration_tokens)
+
+
+def _failed(seq: Sequence, code: str, why: str) -> tuple[Sequence, OutputItem]:
+    return seq, OutputItem(seq.request_id, [], "error", error=why, scheduled_at=seq.scheduled_at, error_code=code)
+
+
+def _scored(seq: Sequence) -> tuple[Sequence, OutputItem]:
+    if seq.finish_reason == "error":
+        return _failed(seq, ENGINE_FAULT, _NAN)
+    item = OutputItem(
+        seq.request_id,
+        [],
+        seq.finish_reason,
+        num_cached_tokens=seq.num_cached_tokens,
+        logprobs=seq.logprobs,
+        scheduled_at=seq.scheduled_at,
+        is_greedy=seq.is_greedy,
+    )
+    return seq, item
 
 
 def _with_step_size(config: EngineConfig) -> EngineConfig:

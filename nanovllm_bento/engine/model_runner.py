@@ -7,6 +7,7 @@ for one event.
 """
 
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,11 +26,13 @@ from nanovllm_bento.kernels.attention import select_backend
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs, store_tokens
 from nanovllm_bento.kernels.linear import best_cpu_dtype
-from nanovllm_bento.layers.sampler import Sampler
+from nanovllm_bento.layers.sampler import Sampler, score_rows
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.loader import load_model
 
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
+_GPU_SCORE_BYTES, _CPU_SCORE_BYTES = 2**28, 2**26
+"""Bytes of float32 logits that are made at a time to score prompt tokens."""
 
 
 @dataclass(slots=True)
@@ -39,11 +42,18 @@ class InFlight:
     batch: Batch
     tokens: Tensor
     event: torch.cuda.Event | None
+    scores: Tensor | None = None
 
     def wait(self) -> list[int]:
         if self.event is not None:
             self.event.synchronize()
         return self.tokens.tolist()
+
+    def read_scores(self) -> tuple[list[float], list[bool]]:
+        """After ``wait``, of each row of batch.scored: log-probability of the next token, and whether it is greedy."""
+        assert self.scores is not None
+        logprobs, is_greedy = self.scores
+        return logprobs.tolist(), is_greedy.bool().tolist()
 
 
 class ModelRunner:
@@ -62,6 +72,7 @@ class ModelRunner:
         self.kv_cache_dtype = str(self.kv_dtype).removeprefix("torch.")
         self.vocab_size = model_config.vocab_size
         self.block_size = config.block_size
+        self.score_rows = max(1, (_GPU_SCORE_BYTES if self.on_gpu else _CPU_SCORE_BYTES) // (4 * self.vocab_size))
         self.startup_seconds: dict[str, float] = {}
         self.max_model_len = self._max_model_len()
 
@@ -231,8 +242,10 @@ class ModelRunner:
         positions = [np.array(batch.positions, np.int64)]
         slot_mapping = [self.block_tables[slots, positions[0] // size].astype(np.int64) * size + positions[0] % size]
         query_lens, seq_lens = [1] * num_decode, [p + 1 for p in batch.positions]
-        prompt_ids: list[int] = []
+        prompt_ids = array("i")
         sampled_rows = list(range(num_decode))  # index of each sampled row's last token
+        scored_rows: list[int] = []
+        targets: list[int] = []
         num_tokens = num_decode
         for chunk in batch.prefill:
             slot = chunk.seq.slot
@@ -248,6 +261,9 @@ class ModelRunner:
             num_tokens += chunk.end - chunk.start
             if chunk.samples:
                 sampled_rows.append(num_tokens - 1)
+            elif chunk.num_scored:
+                scored_rows += range(num_tokens - chunk.num_scored, num_tokens)
+                targets += chunk.seq.targets(chunk.end - chunk.num_scored, chunk.end)
 
         all_positions = np.concatenate(positions)
         max_seq_len = max(seq_lens)
@@ -269,11 +285,24 @@ class ModelRunner:
         if num_decode:
             input_ids = torch.cat([self.last_tokens[device_slots[:num_decode]], input_ids])
         hidden = self.model(input_ids, self._put(all_positions), self.kv_caches, meta)
-        return self._sample(batch, hidden, np.array(sampled_rows, np.int64), all_positions)
+        scores = self._score(hidden, scored_rows, targets) if scored_rows else None
+        return self._sample(batch, hidden, np.array(sampled_rows, np.int64), all_positions, scores)
 
-    def _sample(self, batch: Batch, hidden: Tensor, rows: np.ndarray, positions: np.ndarray) -> InFlight:
+    def _score(self, hidden: Tensor, rows: list[int], targets: list[int]) -> Tensor:
+        """float32 [2, len(rows)]: log-probability of each row's target, and 1 where no token is more likely.
+
+        A few rows at a time, so that their logits stay small.
+        """
+        device_rows, device_targets = self._put(np.array([rows, targets], np.int64))
+        pieces = zip(device_rows.split(self.score_rows), device_targets.split(self.score_rows), strict=True)
+        return torch.cat([score_rows(self.model.compute_logits(hidden[r]), t) for r, t in pieces], dim=1)
+
+    def _sample(
+        self, batch: Batch, hidden: Tensor, rows: np.ndarray, positions: np.ndarray, scores: Tensor | None
+    ) -> InFlight:
         if not batch.sampled:
-            return InFlight(batch, torch.empty(0, dtype=torch.int64), None)
+            tokens = torch.empty(0, dtype=torch.int64)
+            return InFlight(batch, tokens, None) if scores is None else self._to_host(batch, tokens, scores)
         if len(rows) < len(hidden):
             hidden = hidden[self._put(rows)]
         logits = self.model.compute_logits(hidden)
@@ -281,16 +310,18 @@ class ModelRunner:
         slots = np.array([seq.slot for seq in batch.sampled], np.int64)
         tokens = self.sampler(logits, slots, new_positions, _banned(batch, new_positions))
         self.last_tokens[self._put(slots)] = tokens.clamp(min=0)
-        return self._to_host(batch, tokens)
+        return self._to_host(batch, tokens, scores)
 
-    def _to_host(self, batch: Batch, tokens: Tensor) -> InFlight:
+    def _to_host(self, batch: Batch, tokens: Tensor, scores: Tensor | None = None) -> InFlight:
         if not self.on_gpu:
-            return InFlight(batch, tokens, None)
+            return InFlight(batch, tokens, None, scores)
         on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         on_host.copy_(tokens, non_blocking=True)
+        if scores is not None:
+            scores = torch.empty(scores.shape, pin_memory=True).copy_(scores, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return InFlight(batch, on_host, event)
+        return InFlight(batch, on_host, event, scores)
 
     def _put(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
@@ -346,6 +377,9 @@ class ModelRunner:
         logits = self.model.compute_logits(hidden[:num_sampled])
         sampler = Sampler(num_sampled, self.torch_device)
         sampler(logits, np.arange(num_sampled), np.zeros(num_sampled, np.int64), [])
+        del logits
+        num_scored = min(len(hidden), self.score_rows)
+        self._score(hidden, list(range(num_scored)), [0] * num_scored)
 
     def _peak(self, step: Callable[[], None]) -> int:
         """Bytes that ``step`` needs at most beyond what was allocated before."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,10 @@ import msgspec
 import zmq
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
+from nanovllm_bento.engine.client import EVERY_STEP, Pace
 from nanovllm_bento.engine.messages import (
+    DEADLINE_EXCEEDED,
+    INVALID_REQUEST,
     Abort,
     Add,
     EngineArgs,
@@ -41,7 +45,14 @@ from nanovllm_bento.engine.messages import (
     to_worker_decoder,
 )
 from nanovllm_bento.engine.processes import ipc_folder, open_pidfd, start_time
-from nanovllm_bento.errors import EngineDeadError, EngineError, EngineNotReadyError, InvalidRequestError
+from nanovllm_bento.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineError,
+    EngineNotReadyError,
+    InvalidRequestError,
+    ShuttingDownError,
+)
 from nanovllm_bento.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -53,17 +64,74 @@ _LOCK_INTERVAL = 0.5  # seconds between tries to become the supervisor
 
 @dataclass(slots=True)
 class _OpenRequest:
+    """A request, and what its reader has not taken yet: one item, however many steps it is of."""
+
     add: Add
-    items: asyncio.Queue[OutputItem | Exception] = field(default_factory=asyncio.Queue)
-    token_ids: list[int] = field(default_factory=list)
+    pace: Pace
+    token_ids: "array[int]" = field(default_factory=lambda: array("i"))
+    """All its output tokens so far, to go on from in another engine."""
+    num_resumes: int = 0
+    unread: OutputItem | None = None
+    failure: Exception | None = None
+    was_read: bool = False
+    waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the reader has something to take."""
+        item = self.unread
+        if item is None:
+            return self.failure is not None
+        return (
+            not self.was_read
+            or len(item.new_token_ids) >= self.pace.tokens
+            or item.finish_reason is not None
+            or self.failure is not None
+        )
+
+    def put(self, item: OutputItem) -> None:
+        self.token_ids.extend(item.new_token_ids)
+        self.unread = item if self.unread is None else _joined(self.unread, item)
+        if self.waiter is not None:
+            self._wake()
+
+    def fail(self, why: Exception) -> None:
+        """The last that the reader gets, after what has come before it."""
+        self.failure = why
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter = self.waiter
+        if waiter is not None and self.is_due:
+            self.waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def _joined(first: OutputItem, second: OutputItem) -> OutputItem:
+    """``second`` with what ``first`` has before it."""
+    second.new_token_ids = first.new_token_ids + second.new_token_ids
+    second.scheduled_at = first.scheduled_at or second.scheduled_at
+    if first.logprobs is not None:
+        second.logprobs = first.logprobs + (second.logprobs or [])
+    if first.is_greedy is not None:
+        second.is_greedy = first.is_greedy + (second.is_greedy or [])
+    return second
 
 
 class ProcessEngineClient:
     """Implements engine.client.EngineClient. ``owner_pid``: the process whose end ends the engine (default: this)."""
 
     def __init__(
-        self, engine_config: EngineConfig, service_config: ServiceConfig, *, owner_pid: int | None = None
+        self,
+        engine_config: EngineConfig,
+        service_config: ServiceConfig,
+        *,
+        owner_pid: int | None = None,
+        engine_module: str | None = None,
     ) -> None:
+        if engine_module is not None:
+            service_config = service_config.model_copy(update={"engine_module": engine_module})
         self.engine_config, self.service_config = engine_config, service_config
         self.owner_pid = os.getpid() if owner_pid is None else owner_pid
         self.failure: str | None = None  # why no engine will come, once that is certain
@@ -77,6 +145,7 @@ class ProcessEngineClient:
         self._epoch = -1
         self._engine_pid = 0
         self._last_heard = 0.0
+        self._receive_is_due = False
         self._ready = asyncio.Event()
         self._gone = asyncio.Event()  # the engine this client is connected to has ended
         self._tasks: list[asyncio.Task[None]] = []
@@ -86,6 +155,16 @@ class ProcessEngineClient:
     @property
     def is_ready(self) -> bool:
         return self._ready.is_set()
+
+    @property
+    def folder(self) -> Path:
+        """Where the workers of the service share files; made by ``start``."""
+        return self._folder
+
+    @property
+    def is_responsive(self) -> bool:
+        silence = time.monotonic() - self._last_heard
+        return self.is_ready and silence < self.service_config.engine_heartbeat_timeout / 4
 
     @property
     def info(self) -> EngineInfo:
@@ -113,10 +192,7 @@ class ProcessEngineClient:
                 continue
 
     async def close(self) -> None:
-        if self._requests:
-            self._send(Abort(list(self._requests)))
-        for request in self._requests.values():
-            request.items.put_nowait(EngineDeadError("The service is shutting down."))
+        self.abort_all("The service is shutting down.")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -126,6 +202,13 @@ class ProcessEngineClient:
         if self.owner_pid == os.getpid() and self._engine_pid:
             await _terminate(self._engine_pid)
 
+    def abort_all(self, why: str) -> None:
+        if self._requests:
+            self._send(Abort(list(self._requests)))
+        for request in self._requests.values():
+            request.fail(ShuttingDownError(why))
+        self._requests.clear()
+
     async def generate(
         self,
         request_id: str,
@@ -134,7 +217,11 @@ class ProcessEngineClient:
         *,
         cache_salt: str = "",
         priority: int = 0,
+        deadline: float | None = None,
+        pace: Pace = EVERY_STEP,
+        num_scored: int = 0,
     ) -> AsyncIterator[OutputItem]:
+        """As the protocol says. num_scored: not a generation, but the log-probabilities of so many last tokens."""
         if not self.is_ready:
             raise EngineNotReadyError(self.failure or "The engine is starting or being restarted.")
         if request_id in self._requests:
@@ -143,25 +230,35 @@ class ProcessEngineClient:
             request_id,
             pack_tokens(list(prompt_token_ids)),
             sampling,
+            task="score" if num_scored else "generate",
             cache_salt=cache_salt,
             priority=priority,
+            deadline=deadline,
+            num_scored=num_scored,
         )
-        request = self._requests[request_id] = _OpenRequest(add)
+        request = self._requests[request_id] = _OpenRequest(add, pace)
         self._send(add)
+        loop = asyncio.get_running_loop()
         finished = False
         try:
             while not finished:
-                item = await request.items.get()
-                if isinstance(item, Exception):
-                    finished = True
-                    raise item
+                if not request.is_due:
+                    request.waiter = loop.create_future()
+                    await request.waiter
+                item, request.unread = request.unread, None
+                if item is None:
+                    assert request.failure is not None
+                    raise request.failure
+                request.was_read = True
                 finished = item.finish_reason is not None
                 if item.finish_reason == "error":
-                    raise EngineError(item.error or "The engine could not finish the request.")
+                    if item.new_token_ids:  # what was joined before it
+                        yield OutputItem(request_id, item.new_token_ids, num_cached_tokens=item.num_cached_tokens)
+                    raise _error_of(item)
                 yield item
         finally:
-            self._requests.pop(request_id, None)
-            if not finished and self.is_ready:
+            # Not there any more: the engine has ended it, or it was aborted with all others.
+            if self._requests.pop(request_id, None) is not None and self.is_ready:
                 self._send(Abort([request_id]))
 
     # -- connection ---------------------------------------------------------------------------------------------------
@@ -199,9 +296,13 @@ class ProcessEngineClient:
         if self._socket is not None:
             self._socket.send(encoder.encode(message), zmq.NOBLOCK)
             # The descriptor tells of changes only, and sending may have swallowed one.
-            asyncio.get_running_loop().call_soon(self._receive)
+            if not self._receive_is_due:
+                self._receive_is_due = True
+                asyncio.get_running_loop().call_soon(self._receive)
 
     def _receive(self) -> None:
+        self._receive_is_due = False
+        requests = self._requests
         while self._socket is not None:
             try:
                 payload = self._socket.recv(zmq.NOBLOCK)
@@ -213,14 +314,14 @@ class ProcessEngineClient:
             self._last_heard = time.monotonic()
             if isinstance(message, StepOutput):
                 for item in message.items:
-                    request = self._requests.get(item.request_id)
+                    request = requests.get(item.request_id)
                     if request is not None:
-                        request.token_ids += item.new_token_ids
-                        request.items.put_nowait(item)
+                        request.put(item)
                         if item.finish_reason is not None:  # whether read yet or not, it is not to be added again
-                            del self._requests[item.request_id]
+                            del requests[item.request_id]
             elif isinstance(message, Heartbeat):
                 self._stats = message.stats
+                self._stats.epoch = message.epoch
             elif isinstance(message, Ready):
                 self._on_ready(message)
 
@@ -240,11 +341,22 @@ class ProcessEngineClient:
         loop.add_reader(pidfd, on_end)
         resumed = message.epoch > self._epoch >= 0
         self._epoch, self._engine_pid, self._info = message.epoch, message.pid, message.info
+        self._stats = EngineStats(epoch=message.epoch)
         self._ready.set()
         if resumed:
-            for request in self._requests.values():
-                self._send(msgspec.structs.replace(request.add, output_token_ids=pack_tokens(request.token_ids)))
-            logger.warning("engine restarted; %d open requests go on", len(self._requests))
+            self._resume()
+
+    def _resume(self) -> None:
+        """Add what is open to an engine that has just started, except what has seen too many of them end."""
+        limit = self.service_config.engine_max_resumes
+        for request_id, request in list(self._requests.items()):
+            if request.num_resumes >= limit:
+                del self._requests[request_id]
+                request.fail(EngineDeadError(f"The engine ended {limit + 1} times while this request ran."))
+                continue
+            request.num_resumes += 1
+            self._send(msgspec.structs.replace(request.add, output_token_ids=pack_tokens(list(request.token_ids))))
+        logger.warning("engine restarted; %d open requests go on", len(self._requests))
 
     # -- supervision --------------------------------------------------------------------------------------------------
 
@@ -303,6 +415,7 @@ class ProcessEngineClient:
                     await asyncio.wait_for(ended.wait(), self.service_config.engine_heartbeat_interval)
                 except TimeoutError:
                     now = time.monotonic()
+                    self._receive()  # what came while this process itself was held up is no silence of the engine
                     late_start = not self.is_ready and now - started > self.service_config.engine_start_timeout
                     silent = self.is_ready and now - self._last_heard > self.service_config.engine_heartbeat_timeout
                     if late_start or silent:
@@ -317,7 +430,18 @@ class ProcessEngineClient:
         self.failure = why
         logger.error("%s", why)
         for request in self._requests.values():
-            request.items.put_nowait(EngineDeadError(why))
+            request.fail(EngineDeadError(why))
+        self._requests.clear()
+
+
+def _error_of(item: OutputItem) -> Exception:
+    """The error that an item with finish_reason "error" stands for."""
+    message = item.error or "The engine could not finish the request."
+    if item.error_code == DEADLINE_EXCEEDED:
+        return DeadlineExceededError(message)
+    if item.error_code == INVALID_REQUEST:
+        return InvalidRequestError(message)
+    return EngineError(message)
 
 
 def prestart_engine(engine_config: EngineConfig, service_config: ServiceConfig, owner_pid: int) -> None:
@@ -361,10 +485,13 @@ def _spawn_engine(
         owner_pid=owner_pid,
         hash_seed=int(seed_file.read_text()),
         heartbeat_interval=service_config.engine_heartbeat_interval,
+        drain_timeout=service_config.shutdown_grace_seconds,
+        log_format=service_config.log_format,
+        log_level=service_config.log_level,
     )
     # A session of its own: Ctrl-C at the terminal is for the service.
     process = subprocess.Popen(
-        [sys.executable, "-m", "nanovllm_bento.engine.worker"], stdin=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-m", service_config.engine_module], stdin=subprocess.PIPE, start_new_session=True
     )
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(args))

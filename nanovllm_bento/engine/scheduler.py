@@ -7,9 +7,15 @@ and decode steps apart, prefill first but at most max_consecutive_prefill_steps 
 The scheduler runs one step ahead of the tokens: ``schedule`` may be called while the step before is still on the
 device. A decode row then feeds a token that only the device knows. A sequence that turns out to have ended costs one
 wasted row.
+
+Order is strict: nothing ages. Under scheduling_policy="priority" a steady load of lower numbers holds back higher ones
+for as long as it lasts (EngineStats.oldest_waiting_seconds tells), until a deadline ends them; equals are served in the
+order of their arrival.
 """
 
 import heapq
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -22,7 +28,8 @@ from nanovllm_bento.engine.sequence import Sequence
 class PrefillChunk:
     """Tokens [start, end) of seq. Those before ``store_from`` sit in shared blocks and are not stored again.
 
-    samples: whether it reaches the sequence's end, so that its last row yields a token.
+    samples: whether it reaches the sequence's end, so that its last row yields a token. num_scored: so many of its last
+    rows yield the log-probability of the token after them.
     """
 
     seq: Sequence
@@ -30,14 +37,16 @@ class PrefillChunk:
     end: int
     store_from: int
     samples: bool
+    num_scored: int = 0
 
 
 @dataclass(slots=True)
 class Batch:
     """One step. Rows: a decode row (one token at ``positions[i]``) per sequence in ``decode``, then the prefill chunks.
 
-    sampled: sequences that get a token, in row order. admitted: sequences that got a slot and a block table in this
-    step. grown: sequences whose block table got one more block in this step.
+    sampled: sequences that get a token, in row order. scored: chunks with rows that score, in row order. admitted:
+    sequences that got a slot and a block table in this step. grown: sequences whose block table got one more block in
+    this step.
     """
 
     step: int
@@ -45,6 +54,7 @@ class Batch:
     positions: list[int] = field(default_factory=list)
     prefill: list[PrefillChunk] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
+    scored: list[PrefillChunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     grown: list[Sequence] = field(default_factory=list)
 
@@ -62,6 +72,7 @@ class Scheduler:
         self.block_manager = block_manager
         self.sequences: dict[str, Sequence] = {}
         self.waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self.deadlines: list[tuple[float, str]] = []  # a heap of those that have one; may hold requests that ended
         self.prefilling: list[Sequence] = []
         self.decoding: list[Sequence] = []
         self.free_slots = list(range(config.max_num_seqs - 1, -1, -1))
@@ -94,6 +105,34 @@ class Scheduler:
         seq.arrival = self.num_arrivals
         self.sequences[seq.request_id] = seq
         heapq.heappush(self.waiting, (seq.order, seq))
+        if seq.deadline < math.inf:
+            heapq.heappush(self.deadlines, (seq.deadline, seq.request_id))
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        """Rebuild a heap once most of it has ended; so both stay small, at a constant cost per request."""
+        if len(self.waiting) > 2 * self.num_waiting + 64:
+            self.waiting = [entry for entry in self.waiting if entry[1].finish_reason is None]
+            heapq.heapify(self.waiting)
+        if len(self.deadlines) > 2 * len(self.sequences) + 64:
+            alive = self.sequences.values()
+            self.deadlines = [(seq.deadline, seq.request_id) for seq in alive if seq.deadline < math.inf]
+            heapq.heapify(self.deadlines)
+
+    def expire(self, now: float) -> list[Sequence]:
+        """Abort the requests whose deadline is over at ``now``, a time.monotonic(); returns them."""
+        expired = []
+        while self.deadlines and self.deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self.deadlines)
+            seq = self.sequences.get(request_id)
+            if seq is not None and seq.deadline == deadline:
+                self._end(seq, "abort")
+                expired.append(seq)
+        return expired
+
+    def oldest_arrival(self, default: float) -> float:
+        """time.monotonic() at which the request that waits longest arrived."""
+        return min((s.arrived_at for _, s in self.waiting if s.finish_reason is None), default=default)
 
     def abort(self, request_id: str, reason: str = "abort") -> Sequence | None:
         """End a request now; its blocks are freed once no step in flight reads them. None if it is not running."""
@@ -177,6 +216,7 @@ class Scheduler:
             newcomer.slot = self.free_slots.pop()
             if newcomer.num_preemptions == 0:
                 newcomer.num_cached_tokens = newcomer.num_computed_tokens
+                newcomer.scheduled_at = time.monotonic()
             self.prefilling.append(newcomer)
             batch.admitted.append(newcomer)
             budget -= self._add_chunk(batch, newcomer, budget)
@@ -189,14 +229,20 @@ class Scheduler:
     def _add_chunk(self, batch: Batch, seq: Sequence, budget: int) -> int:
         start = seq.num_computed_tokens
         end = min(len(seq.token_ids), start + budget)
-        samples = end == len(seq.token_ids)
+        is_last = end == len(seq.token_ids)
         store_from = seq.num_published_blocks * self.block_manager.block_size
-        batch.prefill.append(PrefillChunk(seq, start, end, store_from, samples))
+        chunk = PrefillChunk(seq, start, end, store_from, samples=is_last and not seq.continuation)
+        batch.prefill.append(chunk)
         seq.num_computed_tokens = end
         self.block_manager.publish(seq)  # equal prompts of this very step find what this chunk writes
-        if samples:
+        if seq.continuation and end > seq.score_from:
+            chunk.num_scored = end - seq.score_from
+            seq.score_from = end
+            batch.scored.append(chunk)
+        if is_last:
             self.prefilling.remove(seq)
-            self.decoding.append(seq)
+            self.decoding.append(seq)  # one that is scored has no row there, and ends when its scores are read
+        if chunk.samples:
             batch.sampled.append(seq)
         return end - start
 
@@ -239,6 +285,25 @@ class Scheduler:
         if self.ended:
             self._free_ended()
         return committed
+
+    def commit_scores(self, batch: Batch, logprobs: list[float], is_greedy: list[bool]) -> list[Sequence]:
+        """Take the scores of a step, one per scored row, after its ``commit``. Returns the sequences that are done.
+
+        One whose scores are not finite ends with "error".
+        """
+        done, start = [], 0
+        for chunk in batch.scored:
+            rows = slice(start, start + chunk.num_scored)
+            start, seq = rows.stop, chunk.seq
+            if seq.finish_reason is not None:
+                continue
+            seq.logprobs += logprobs[rows]
+            seq.is_greedy += is_greedy[rows]
+            if len(seq.logprobs) == len(seq.continuation):
+                seq.token_ids.append(seq.continuation[-1])
+                self._end(seq, "stop" if math.isfinite(sum(seq.logprobs)) else "error")
+                done.append(seq)
+        return done
 
     def fail(self, batch: Batch) -> list[Sequence]:
         """Give up a batch that could not be launched: its sequences end with "error". Returns them.

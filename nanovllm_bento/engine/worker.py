@@ -1,7 +1,10 @@
 """The engine's own process: an EngineCore behind a ZeroMQ socket. Started by process_client, as ``python -m`` this.
 
 It serves every API worker of one service and outlives each of them: it ends when the service's main process ends, or on
-SIGTERM once nothing is running. A client whose process ends has its requests aborted.
+SIGTERM once nothing is running, at the latest after ``drain_timeout``. What it did not finish or begin by then is left
+unanswered: the workers add it to the next engine. A client whose process ends has its requests aborted.
+
+No message can end the engine: what cannot be decoded is dropped, what cannot be served is answered with an error.
 """
 
 import gc
@@ -20,9 +23,12 @@ from types import FrameType
 import msgspec
 import zmq
 
+from nanovllm_bento import log_format
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.messages import (
+    ENGINE_FAULT,
+    INVALID_REQUEST,
     Abort,
     Add,
     EngineArgs,
@@ -39,7 +45,11 @@ from nanovllm_bento.engine.processes import open_pidfd, start_time
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.errors import InvalidRequestError, NanoVLLMError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("nanovllm_bento.engine.worker")  # its __name__ is __main__
+
+_RECEIVE_SECONDS = 0.001
+"""Time for messages between two steps, at most: thousands of requests at once must not hold up those that run. On a GPU
+it costs nothing, as the step before is still computed."""
 
 
 class EngineServer:
@@ -52,12 +62,18 @@ class EngineServer:
         self.poller = zmq.Poller()
         self.poller.register(socket, zmq.POLLIN)
         self.clients: dict[bytes, int] = {}  # client id → pidfd
-        self.draining = False
+        self.drain_until: float | None = None
+
+    def drain(self, seconds: float) -> None:
+        """Take no more requests, and end when those that run have finished or ``seconds`` are over."""
+        self.drain_until = time.monotonic() + seconds
 
     def run(self) -> None:
         """Serve until drained."""
-        while not (self.draining and not self.core.has_work):
+        while self.drain_until is None or (self.core.has_work and time.monotonic() < self.drain_until):
             self.run_once()
+        if self.core.has_work:
+            logger.warning("%d requests had not finished in time", len(self.core.scheduler.sequences))
 
     def run_once(self) -> None:
         timeout = 0 if self.core.has_work else max(0.0, self.next_heartbeat - time.monotonic())
@@ -69,31 +85,43 @@ class EngineServer:
             self._send_outputs(self.core.step())
         if time.monotonic() >= self.next_heartbeat:
             self.next_heartbeat = time.monotonic() + self.heartbeat_interval
+            heartbeat = Heartbeat(self.epoch, self.core.stats)
             for client in self.clients:
-                self._send(client, Heartbeat(self.epoch, self.core.stats))
+                self._send(client, heartbeat)
 
     def _receive(self) -> None:
-        while True:
+        until = time.monotonic() + _RECEIVE_SECONDS
+        while time.monotonic() < until:
             try:
-                client, payload = self.socket.recv_multipart(zmq.NOBLOCK)
+                client, *payload = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             try:
-                message = to_engine_decoder.decode(payload)
-            except msgspec.MsgspecError as e:
+                message = to_engine_decoder.decode(b"".join(payload))
+            except (msgspec.MsgspecError, UnicodeDecodeError) as e:
                 logger.error("dropped a message that is none of ours: %s", e)
                 continue
             if isinstance(message, Add):
-                try:
-                    self.core.add(message, client)
-                except InvalidRequestError as e:
-                    item = OutputItem(message.request_id, [], "error", error=e.message)
-                    self._send(client, StepOutput(self.epoch, self.core.scheduler.step, [item]))
+                self._add(client, message)
             elif isinstance(message, Abort):
                 for request_id in message.request_ids:
                     self.core.abort(request_id)
             elif isinstance(message, Hello):
                 self._greet(client, message.pid)
+
+    def _add(self, client: bytes, message: Add) -> None:
+        if self.drain_until is not None:
+            return
+        try:
+            self.core.add(message, client)
+            return
+        except InvalidRequestError as e:
+            item = OutputItem(message.request_id, [], "error", error=e.message, error_code=INVALID_REQUEST)
+        except Exception:  # a fault of ours that this request alone brings out must not end the others
+            logger.exception("a request could not be added")
+            why = "The engine could not take the request; its log says more."
+            item = OutputItem(message.request_id, [], "error", error=why, error_code=ENGINE_FAULT)
+        self._send(client, StepOutput(self.epoch, self.core.scheduler.step, [item]))
 
     def _greet(self, client: bytes, pid: int) -> None:
         if client not in self.clients:
@@ -137,8 +165,8 @@ def _end_with_owner(owner_pid: int, folder: Path) -> None:
 
 def main() -> None:
     """Entry point of the process. Exit code 0: drained or owner gone; 2: cannot start as configured; 1: a fault."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s [engine] %(levelname)s %(message)s")
     args = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineArgs)
+    log_format.set_up(args.log_format, "engine", level=args.log_level)
     folder = Path(args.folder)
     threading.Thread(target=_end_with_owner, args=(args.owner_pid, folder), daemon=True).start()
     (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
@@ -158,7 +186,7 @@ def main() -> None:
     server = EngineServer(core, socket, args.epoch, args.heartbeat_interval)
 
     def drain(signum: int, frame: FrameType | None) -> None:
-        server.draining = True
+        server.drain(args.drain_timeout if server.drain_until is None else 0.0)  # the second signal: at once
 
     signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which drains and then ends us

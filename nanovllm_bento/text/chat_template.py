@@ -44,6 +44,7 @@ class ChatTemplate:
         if source is not None:
             try:
                 self._template = _environment().from_string(source)
+                self._template.globals = dict(self._template.globals)  # a ChainMap is copied slowly at each rendering
             except (jinja2.TemplateError, RecursionError) as e:
                 raise CorruptFileError(f"the model's chat template does not compile: {e}") from e
 

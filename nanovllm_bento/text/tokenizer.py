@@ -48,7 +48,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Raises InvalidRequestError for a text that is not valid Unicode."""
-        return self.encode_batch([text], add_special_tokens)[0]
+        _check_text(text)
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Ids of each text, in parallel where there are several. Unlike ``encode`` it lets other threads run."""

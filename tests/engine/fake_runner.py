@@ -2,7 +2,8 @@
 
 It keeps a simulated KV cache of (token, position) entries. A sampled row gathers its context the way attention would,
 checks that every entry is the sequence's own token, and derives the next token from all of it: a block that was shared,
-freed or reused wrongly changes tokens or raises. Like a GPU it answers later: tokens exist once ``wait`` is called.
+freed or reused wrongly changes tokens or raises. So does a scored row. Like a GPU it answers later: tokens exist once
+``wait`` is called.
 """
 
 import hashlib
@@ -24,15 +25,25 @@ def next_token(context: list[int], seed: int = 0) -> int:
     return int.from_bytes(digest, "little") % VOCAB
 
 
+def fake_logprob(context: list[int], target: int) -> float:
+    """The fake model's log-probability of a token after a context."""
+    return -1.0 - next_token(context, seed=1000 + target)
+
+
 class FakeInFlight:
     def __init__(self, runner: "FakeRunner", batch: Batch, plan: list) -> None:
         self.runner, self.batch, self.plan = runner, batch, plan
         self.tokens: list[int] | None = None
+        self.scores: tuple[list[float], list[bool]] = ([], [])
 
     def wait(self) -> list[int]:
         self.runner.run_until(self)
         assert self.tokens is not None
         return self.tokens
+
+    def read_scores(self) -> tuple[list[float], list[bool]]:
+        assert self.tokens is not None, "scores are there after wait"
+        return self.scores
 
 
 class FakeRunner:
@@ -51,13 +62,15 @@ class FakeRunner:
         """Copies what the device would get now: later changes of the sequences must not reach it."""
         plan = []
         for seq, position in zip(batch.decode, batch.positions, strict=True):
-            plan.append((seq.slot, list(seq.block_table), position, None, position, True, seq.sampling.seed))
+            plan.append((seq.slot, list(seq.block_table), position, None, position, True, seq.sampling.seed, []))
         for c in batch.prefill:
-            ids = c.seq.token_ids[c.start : c.end]
+            ids = list(c.seq.token_ids[c.start : c.end])
             assert len(ids) == c.end - c.start > 0
-            plan.append(
-                (c.seq.slot, list(c.seq.block_table), c.start, ids, c.store_from, c.samples, c.seq.sampling.seed)
-            )
+            targets = c.seq.targets(c.end - c.num_scored, c.end)
+            assert len(targets) == c.num_scored <= len(ids)
+            row = (c.seq.slot, list(c.seq.block_table), c.start, ids, c.store_from, c.samples, c.seq.sampling.seed)
+            plan.append((*row, targets))
+        assert [c for c in batch.prefill if c.num_scored] == batch.scored
         assert [p[0] for p in plan if p[5]] == [seq.slot for seq in batch.sampled]
         assert len({p[0] for p in plan}) == len(plan), "a slot has two rows"
         self.batches.append(batch)
@@ -78,7 +91,7 @@ class FakeRunner:
     def _run(self, flight: FakeInFlight) -> None:
         size = self.block_size
         inputs = []
-        for slot, table, start, ids, store_from, _, _ in flight.plan:  # all rows store before any attends
+        for slot, table, start, ids, store_from, *_ in flight.plan:  # all rows store before any attends
             tokens = [self.last_token[slot]] if ids is None else ids
             inputs.append(tokens)
             for position, token in enumerate(tokens, start):
@@ -86,7 +99,7 @@ class FakeRunner:
                 if position >= store_from:
                     self.cache[where] = (token, position)
         flight.tokens = []
-        for (slot, table, start, _, _, samples, seed), tokens in zip(flight.plan, inputs, strict=True):
+        for (slot, table, start, _, _, samples, seed, targets), tokens in zip(flight.plan, inputs, strict=True):
             end = start + len(tokens)
             context = []
             for position in range(end):
@@ -98,6 +111,9 @@ class FakeRunner:
                 token = next_token(context, seed)
                 self.last_token[slot] = token
                 flight.tokens.append(token)
+            for row, target in enumerate(targets, end - len(targets)):
+                flight.scores[0].append(fake_logprob(context[: row + 1], target))
+                flight.scores[1].append(next_token(context[: row + 1]) == target)
 
 
 def expected_tokens(prompt: list[int], sampling: SamplingParams, outputs: list[int] | None = None) -> list[int]:
@@ -111,6 +127,13 @@ def expected_tokens(prompt: list[int], sampling: SamplingParams, outputs: list[i
         if token in (sampling.stop_token_ids or []) or (token == EOS and not sampling.ignore_eos):
             break
     return result
+
+
+def expected_scores(prompt: list[int], num_scored: int) -> tuple[list[float], list[bool]]:
+    """What scoring the last tokens of a prompt must yield, whatever runs beside it."""
+    places = range(len(prompt) - num_scored, len(prompt))
+    greedy = [next_token(prompt[:i]) == prompt[i] for i in places]
+    return [fake_logprob(prompt[:i], prompt[i]) for i in places], greedy
 
 
 def make_core(
@@ -132,6 +155,7 @@ def add(
     outputs: list[int] | None = None,
     salt: str = "",
     priority: int = 0,
+    deadline: float | None = None,
     **sampling: object,
 ) -> SamplingParams:
     params = SamplingParams(max_tokens=max_tokens, seed=sampling.pop("seed", 0), **sampling)
@@ -143,9 +167,34 @@ def add(
             output_token_ids=pack_tokens(outputs or []),
             cache_salt=salt,
             priority=priority,
+            deadline=deadline,
         )
     )
     return params
+
+
+def add_score(
+    core: EngineCore,
+    request_id: str,
+    prompt: list[int],
+    num_scored: int,
+    *,
+    salt: str = "",
+    priority: int = 0,
+    deadline: float | None = None,
+) -> None:
+    core.add(
+        Add(
+            request_id,
+            pack_tokens(prompt),
+            SamplingParams(seed=0),
+            task="score",
+            cache_salt=salt,
+            priority=priority,
+            deadline=deadline,
+            num_scored=num_scored,
+        )
+    )
 
 
 def check(core: EngineCore) -> None:

@@ -117,6 +117,23 @@ def test_results_come_in_the_order_asked_with_each_its_parameters(llm, capsys):
     assert "prefill" in shown and "decode" in shown and "tok/s" in shown and "3/3" in shown
 
 
+def test_the_likelier_continuation_scores_higher(llm):
+    context = "The capital of France is"
+    paris, london, bread = llm.score(context, [" Paris", " London", " bread"], use_tqdm=False)
+    assert paris.sum_logprob > london.sum_logprob > bread.sum_logprob
+    assert paris.is_greedy == [True] and bread.is_greedy == [False]
+    ids = llm.tokenizer.encode(context)
+    forms = llm.score([context, ids, context + " "], [" Paris", paris.continuation_token_ids, "Paris"], use_tqdm=False)
+    assert all((f.context_token_ids, f.continuation_token_ids) == (ids, paris.continuation_token_ids) for f in forms)
+    for form in forms:
+        assert form.sum_logprob == pytest.approx(paris.sum_logprob, abs=0.05)
+    with pytest.raises(InvalidRequestError, match="2 contexts but 3"):
+        llm.score([context] * 2, ["a"] * 3, use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="context is empty"):
+        llm.score("", "a", use_tqdm=False)
+    assert llm.core.block_manager.num_used_blocks == 0 and not llm.core.has_work
+
+
 def test_a_stop_string_ends_the_text_and_is_not_part_of_it(llm):
     prompt = "Count: one, two, three,"
     params = GREEDY.with_changes(max_tokens=30)

@@ -16,7 +16,13 @@ from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.process_client import ProcessEngineClient
 from nanovllm_bento.engine.processes import ipc_folder, start_time
 from nanovllm_bento.engine.request import resolve_request
-from nanovllm_bento.errors import ConfigError, EngineDeadError, EngineError, EngineNotReadyError
+from nanovllm_bento.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineNotReadyError,
+    InvalidRequestError,
+)
 from nanovllm_bento.sampling_params import SamplingParams
 from tests.engine.fake_runner import add, run, tokens_of
 from tests.engine.tiny_models import make_tiny
@@ -131,6 +137,51 @@ async def test_streams_go_on_with_the_same_tokens_after_the_engine_is_killed(tin
         assert client._engine_pid != killed
 
 
+async def score(client: ProcessEngineClient, request_id: str, tokens: list[int], num_scored: int) -> list[float]:
+    items = [item async for item in client.generate(request_id, tokens, SamplingParams(seed=0), num_scored=num_scored)]
+    assert len(items) == 1 and items[0].is_greedy is not None and items[0].logprobs is not None
+    return items[0].logprobs
+
+
+async def test_a_score_goes_on_in_the_next_engine(tiny, tmp_path):
+    config = engine_config(tiny, max_num_batched_tokens=8)
+    async with connected(config, tmp_path / "ipc") as client:
+        await ready(config, client)
+        tokens = [3 + i % 50 for i in range(200)]
+        expected = await score(client, "whole", tokens, 150)
+        os.kill(client._engine_pid, signal.SIGSTOP)  # so that it is surely not done when it is killed
+        task = asyncio.create_task(score(client, "again", tokens, 150))
+        await wait_for(lambda: bool(client._requests), "the request is open")
+        os.kill(client._engine_pid, signal.SIGKILL)
+        assert await asyncio.wait_for(task, 60) == pytest.approx(expected, abs=1e-4)
+
+
+async def test_an_engine_told_to_end_finishes_what_runs_and_the_next_one_takes_the_rest(tiny, tmp_path, in_process):
+    async with connected(engine_config(tiny), tmp_path / "ipc") as client:
+        await ready(engine_config(tiny), client)
+        first = client._engine_pid
+        stream = client.generate("running", PROMPTS[0], greedy(client, PROMPTS[0]))
+        tokens = (await anext(stream)).new_token_ids
+        os.kill(first, signal.SIGTERM)
+        late = asyncio.create_task(collect(client, "late", PROMPTS[1]))
+        async for item in stream:
+            tokens += item.new_token_ids
+        assert tokens == in_process[0]
+        assert await asyncio.wait_for(late, 60) == in_process[1]
+        await wait_for(lambda: client._engine_pid != first, "another engine serves")
+
+
+async def test_a_deadline_ends_a_request_and_frees_it(tiny, tmp_path):
+    async with connected(engine_config(tiny), tmp_path / "ipc") as client:
+        await ready(engine_config(tiny), client)
+        stream = client.generate("late", [3] * 20, greedy(client, [3] * 20, 230), deadline=time.time() + 0.05)
+        with pytest.raises(DeadlineExceededError):
+            async for _ in stream:
+                pass
+        await wait_for(lambda: client.stats.num_deadlines_exceeded == 1, "it is counted")
+        assert client.stats.num_requests_running == client.stats.num_blocks_used == 0
+
+
 async def test_a_hung_engine_is_killed_and_replaced(tiny, tmp_path, in_process):
     async with connected(engine_config(tiny), tmp_path / "ipc", engine_heartbeat_timeout=1.0) as client:
         await ready(engine_config(tiny), client)
@@ -216,7 +267,7 @@ async def test_a_model_that_is_not_there_is_said_and_not_retried(tmp_path):
 async def test_a_request_that_the_engine_refuses_ends_with_its_reason(tiny, tmp_path):
     async with connected(engine_config(tiny), tmp_path / "ipc") as client:
         await ready(engine_config(tiny), client)
-        with pytest.raises(EngineError, match="scheduling_policy"):
+        with pytest.raises(InvalidRequestError, match="scheduling_policy"):
             async for _ in client.generate("a", [1], greedy(client, [1]), priority=3):
                 pass
         assert len(await collect(client, "b", [1, 2], 3)) == 3
