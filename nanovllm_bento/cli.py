@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it.
 
 import inspect
 import json
+import math
 import os
 import platform
 import sys
@@ -20,10 +21,17 @@ from rich.console import Console
 from rich.table import Table
 
 import nanovllm_bento
+from nanovllm_bento.bench.serve_options import LoadOptions
 from nanovllm_bento.config import ENV_PREFIX, EngineConfig, ServiceConfig
 from nanovllm_bento.errors import NanoVLLMError
 
 SERVICE = "service:NanoVLLM"
+PANELS: dict[type[BaseModel], str] = {EngineConfig: "Engine", ServiceConfig: "Service"}
+"""Settings that environment variables set too, and where --help shows them."""
+SHUTDOWN_MARGIN = 5
+"""Seconds between the end of the grace time and the cutting of what is still connected."""
+PATHS = ("api_keys_file", "ipc_dir")
+"""Settings that name a file or folder: relative to where the command is typed, not to the service's folder."""
 NAMING = (
     ("demo", "SmolLM2-135M-Instruct, fetched once (98 MB), for a first try"),
     ("a folder", "a Hugging Face checkpoint: config.json, tokenizer.json, *.safetensors"),
@@ -102,16 +110,20 @@ def option(model: type[BaseModel], name: str) -> Any:
     flags = [f"{flag}/--no-{name.replace('_', '-')}"] if option_type(field.annotation) is bool else [flag]
     chosen = choices(field.annotation)
     text = [field.description or "", " | ".join(chosen) + "." if chosen else ""]
-    text.append(f"Default: {'none' if field.default is None else field.default}; or {ENV_PREFIX}{name.upper()}.")
-    panel = "Engine" if model is EngineConfig else "Service"
+    default = f"Default: {'none' if field.default is None else field.default}"
+    if model in PANELS:
+        text.append(f"{default}; or {ENV_PREFIX}{name.upper()}.")
+    elif field.default not in (None, []):
+        text.append(f"{default}.")
+    panel = PANELS.get(model)
     return typer.Option(*flags, help=" ".join(filter(None, text)), show_default=False, rich_help_panel=panel)
 
 
-def option_type(annotation: Any) -> type:
+def option_type(annotation: Any) -> Any:
     """The type an option is parsed as; choices and bounds are checked by the settings themselves."""
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(a for a in get_args(annotation) if a is not type(None))
-    return annotation if annotation in (bool, int, float) else str
+    return annotation if annotation in (bool, int, float, Path, list[str]) else str
 
 
 def choices(annotation: Any) -> list[str]:
@@ -153,6 +165,7 @@ def settings_environment(settings: dict[str, Any]) -> dict[str, str]:
     ServiceConfig.create(**{n: v for n, v in given.items() if n in ServiceConfig.model_fields})
     if "model" in given and Path(given["model"]).exists():
         given["model"] = str(Path(given["model"]).resolve())
+    given |= {name: str(Path(given[name]).resolve()) for name in PATHS if name in given}
     return {ENV_PREFIX + name.upper(): str(value) for name, value in given.items()}
 
 
@@ -161,22 +174,39 @@ def settings_environment(settings: dict[str, Any]) -> dict[str, str]:
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 3000,
-    graceful_timeout: Annotated[int, typer.Option(min=1, help="Seconds that running requests get at a stop.")] = 30,
+    bentoml_options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="After --: options of bentoml serve itself, such as --ssl-certfile FILE.",
+            metavar="[-- OPTIONS]",
+            show_default=False,
+        ),
+    ] = None,
     **settings: Any,
 ) -> None:
     """Serve a model over HTTP (OpenAI's API) through bentoml serve."""
     from nanovllm_bento.engine.process_client import prestart_engine
     from nanovllm_bento.hub import load_config_dict, resolve_model
     from nanovllm_bento.models.config import ModelConfig
+    from nanovllm_bento.serving.resources import check_devices
 
+    extra = bentoml_options or []
+    if extra and not extra[0].startswith("-"):
+        fail(f"{extra[0]!r} is not an option. A model is named with --model; options of bentoml serve follow --.")
     os.environ.update(settings_environment(settings))
-    config = EngineConfig.create()
+    config, service_config = EngineConfig.create(), ServiceConfig.create()
+    check_devices(config)
     # A model that cannot be had or run is said here, where the user looks, and a download shows its progress.
     ModelConfig.from_dict(load_config_dict(resolve_model(config.model, config.revision)))
     # exec keeps this process's pid, which names the service that the engine belongs to.
-    prestart_engine(config, ServiceConfig.create(), os.getpid())
-    command = serve_command(host, port, ["--timeout-graceful-shutdown", str(graceful_timeout)])
+    prestart_engine(config, service_config, os.getpid())
+    command = serve_command(host, port, [*shutdown_options(service_config), *extra])
     os.execv(command[0], command)
+
+
+def shutdown_options(config: ServiceConfig) -> list[str]:
+    """The service ends what is open by itself after its grace time; uvicorn cuts connections only later."""
+    return ["--timeout-graceful-shutdown", str(math.ceil(config.shutdown_grace_seconds) + SHUTDOWN_MARGIN)]
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------
@@ -349,6 +379,34 @@ def bench_startup(
     write_result(run(command, service_folder(), env, model=model, port=port, repeat=repeat), json_file)
 
 
+@bench_app.command("serve")
+@with_settings(LoadOptions)
+def bench_serve(
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="File for the result; plots are drawn beside it.", dir_okay=False),
+    ] = None,
+    plots: Annotated[bool, typer.Option(help="Draw plots; they need the extra 'bench'.")] = True,
+    from_file: Annotated[
+        Path | None, typer.Option("--from", help="Measure nothing: show a result again, and draw its plots.")
+    ] = None,
+    **settings: Any,
+) -> None:
+    """Load on a server with OpenAI's API: TTFT, TPOT, ITL, E2E latency, goodput, throughput.
+
+    Exit status 1 if a request failed, which the output explains.
+    """
+    from nanovllm_bento.bench.serve import run_command
+    from nanovllm_bento.bench.serve_processes import ClientError
+
+    try:
+        status = run_command(LoadOptions.create(**settings), json_file, plots=plots, redraw=from_file)
+    except ClientError as error:
+        fail(str(error), status=1)
+    if status:
+        raise SystemExit(status)
+
+
 @bench_app.command("report")
 @with_settings(EngineConfig)
 def bench_report(
@@ -437,7 +495,7 @@ def bench_report(
 
 @bench_app.command("compare")
 def bench_compare(
-    old: Annotated[Path, typer.Argument(help="A result: report.json, or of bench offline.")],
+    old: Annotated[Path, typer.Argument(help="A result: report.json, or of bench offline or bench serve.")],
     new: Annotated[Path, typer.Argument(help="Another of the same benchmark.")],
     threshold: Annotated[str, typer.Option(help="Changes up to this are taken as noise.")] = "3%",
     fail_on_regression: Annotated[
@@ -524,6 +582,7 @@ def diagnose() -> Iterator[tuple[str, str]]:
     from nanovllm_bento.bench.environment import cpu, gpu, package_versions
     from nanovllm_bento.kernels.attention import explain_backends, select_backend
     from nanovllm_bento.kernels.linear import best_cpu_dtype
+    from nanovllm_bento.serving.resources import explain_devices
 
     yield "nanovllm_bento", nanovllm_bento.__version__
     yield "Python", platform.python_version()
@@ -534,6 +593,7 @@ def diagnose() -> Iterator[tuple[str, str]]:
     yield "torch threads", str(processor["torch_threads"])
     for card in gpu():
         yield "GPU", f"{card['name']}, {card['memory_mib']} MiB, driver {card['driver']}"
+    yield "GPUs for serving", explain_devices(EngineConfig.create())
     cuda = torch.cuda.is_available()
     yield "device", "cuda" if cuda else "cpu (torch sees no GPU)"
     # For 64 and 128, the head dims of most models; an engine says at its start what it took for its own.
@@ -563,3 +623,7 @@ def diagnose() -> Iterator[tuple[str, str]]:
                 if reason is not None:
                     yield "", f"not {name}: {reason}"
     yield "CUDA graphs", "decode steps, unless enforce_eager or the torch backend" if cuda else "none on a CPU"
+
+
+if __name__ == "__main__":
+    main()

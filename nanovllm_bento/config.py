@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from nanovllm_bento.errors import ConfigError
 
@@ -121,8 +121,13 @@ class ServiceConfig(_Settings):
 
     served_model_name: str | None = None
     """Name in /v1/models and in requests; None: the engine's model name."""
-    stream_interval: int = Field(1, ge=1)
-    """Steps joined in one chunk of a stream (the first and the last are never held back)."""
+    stream_interval: int | None = Field(None, ge=1)
+    """Tokens joined in one chunk of a stream (the first and the last are never held back). None: one, and more while
+    the worker is busy (up to max_stream_interval). What comes while a client reads slowly is joined in any case."""
+    max_stream_interval: int = Field(8, ge=1)
+    """Tokens joined in one chunk at most when stream_interval is None and the worker is busy."""
+    engine_module: str = "nanovllm_bento.engine.worker"
+    """Python module that is run as the engine's process; nanovllm_bento.bench.fake_engine answers without a model."""
     engine_start_timeout: float = Field(600.0, gt=0)
     """Seconds an engine may take to get ready."""
     engine_heartbeat_interval: float = Field(1.0, gt=0)
@@ -130,12 +135,90 @@ class ServiceConfig(_Settings):
     """Seconds without any message of the engine after which it counts as hung; longer than its longest step."""
     engine_max_restarts: int = Field(3, ge=0)
     """Restarts after faults within ten minutes, at most; then the service stays not ready."""
+    engine_max_resumes: int = Field(2, ge=0)
+    """Restarts of the engine through which one request goes on; at the next it ends with an error."""
+    shutdown_grace_seconds: float = Field(20.0, ge=0)
+    """After SIGTERM: time for running requests to finish before they end with an error. ``bentoml serve`` kills its
+    workers 30 seconds after it, so keep this a few seconds below."""
+    bentoml_instruments: bool = False
+    """BentoML's own tracing, access log and metrics, on the routes of the OpenAI API too. They cost about 0.5 ms a
+    request and 25 µs a chunk."""
     max_waiting_requests: int = Field(2048, ge=1)
     """Open requests of one worker beyond which new ones get 429."""
-    generate_batch_max_size: int = Field(32, ge=1)
-    generate_batch_max_latency_ms: int = Field(120_000, ge=1)
-    """BentoML sheds what would wait longer than this (503), so it lies above the longest permitted batch."""
+
+    # generate_batch and score, which BentoML's adaptive batching serves: one batch at a time in each worker
+    generate_batch_max_size: int = Field(32, ge=2)
+    """Prompts in one batch; BentoML wants at least 2."""
+    generate_batch_max_latency_ms: int | None = Field(None, ge=1)
+    """BentoML sheds (503) what it thinks will wait longer than this. None: more than batch_max_calls calls can."""
+    generate_batch_max_tokens: int = Field(1024, ge=1)
+    """max_tokens of one item, at most: the whole batch waits for its longest one."""
+    score_max_size: int = Field(32, ge=2)
+    """Continuations in one batch."""
+    score_max_latency_ms: int | None = Field(None, ge=1)
+    """As generate_batch_max_latency_ms."""
+    score_max_tokens: int = Field(8192, ge=2)
+    """Context and continuation of one item, at most."""
+    batch_max_seconds: float = Field(300.0, gt=0)
+    """Time of one batch; items that are not done by then end with an error, so that the next batch can begin."""
+    batch_max_calls: int = Field(256, ge=1)
+    """Calls of each of the two that are open in one worker, beyond which new ones get 429."""
+    batch_max_items: int = Field(256, ge=1)
+    """Items of one call."""
+
     workers: int = Field(1, ge=1)
     """API worker processes."""
     ipc_dir: str | None = None
     """Folder of the sockets between workers and engine; None: one in the runtime folder, named after the service."""
+
+    # Who may ask, and how much (docs/security.md)
+    api_keys: SecretStr | None = None
+    """Keys that clients send as "Authorization: Bearer KEY": name:key[:priority] or key alone, separated by commas."""
+    api_keys_file: str | None = None
+    """A file of such keys, one a line or as JSON; read again when it changes. No keys at all: everybody may ask."""
+    api_key_open_paths: str = "/health,/healthz,/livez,/readyz"
+    """Paths that need no key, separated by commas."""
+    max_concurrency_per_key: int | None = Field(None, ge=1)
+    """Sequences that one key may have open over all workers; None: its share of each worker's max_waiting_requests."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Of one key over all workers; a whole minute's worth may come at once."""
+    tokens_per_minute: int | None = Field(None, ge=1)
+    """Prompt and output tokens of one key over all workers."""
+    prefix_cache_isolation: Literal["key", "none"] = "key"
+    """key: cached prompt prefixes are shared only among requests of the same key (of one name); none: among all."""
+    cors_allow_origins: str = ""
+    """Origins whose web pages may call this service, separated by commas, or *. Empty: none but its own."""
+    max_body_bytes: int = Field(16 * 2**20, ge=1)
+    """Longest request body; more is 413."""
+    max_messages: int = Field(4096, ge=1)
+    """Messages of one conversation."""
+    max_prompt_chars: int | None = Field(None, ge=1)
+    """Characters of one prompt; None: those of max_model_len times the vocabulary's longest token."""
+    max_stop_strings: int = Field(16, ge=1)
+    """Stop strings of one request."""
+    max_stop_chars: int = Field(256, ge=1)
+    """Characters of one stop string."""
+
+    metrics_prefix: str = Field("nanovllm:", pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]*$")
+    """Begins every name at /metrics; "vllm:" for routers and dashboards that were made for vLLM."""
+    otlp_traces_endpoint: str | None = None
+    """Where traces go, with their path (http://collector:4318/v1/traces); None: what OTEL_EXPORTER_OTLP_* say, or no
+    traces."""
+    log_format: Literal["text", "json"] = "text"
+    """json: one JSON object a line."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: bool = False
+    """One line for each finished request."""
+    log_prompts: bool = False
+    """The access log holds the text of prompts. Never logged otherwise."""
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        for name in ("generate_batch_max_latency_ms", "score_max_latency_ms"):
+            value = getattr(self, name)
+            if value is not None and value < 1000 * self.batch_max_seconds:
+                raise ValueError(
+                    f"{name}={value} must be at least 1000 * batch_max_seconds={self.batch_max_seconds:g}, or BentoML "
+                    "sheds what a permitted batch keeps waiting."
+                )
+        return self

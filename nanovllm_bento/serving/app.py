@@ -9,12 +9,15 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanovllm_bento import __version__
 from nanovllm_bento.errors import NanoVLLMError
 from nanovllm_bento.serving.context import ServingContext
 from nanovllm_bento.serving.errors import error_response
+from nanovllm_bento.serving.metrics import CONTENT_TYPE
 from nanovllm_bento.serving.openai.endpoints import OpenAIEndpoints
 from nanovllm_bento.serving.openai.protocol import (
     ChatCompletion,
@@ -28,22 +31,46 @@ from nanovllm_bento.serving.openai.protocol import (
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorAnswer, "description": "The request is malformed, out of range or not supported."},
+    401: {"model": ErrorAnswer, "description": "The API key is missing or not known."},
+    403: {"model": ErrorAnswer, "description": "A web page of another origin asked."},
     404: {"model": ErrorAnswer, "description": "The model is not served here."},
+    413: {"model": ErrorAnswer, "description": "The body is too large."},
+    415: {"model": ErrorAnswer, "description": "The body is not application/json."},
     429: {"model": ErrorAnswer, "description": "Too many open requests; see Retry-After."},
     500: {"model": ErrorAnswer, "description": "The engine failed."},
-    503: {"model": ErrorAnswer, "description": "The engine is not ready."},
+    503: {"model": ErrorAnswer, "description": "The engine is not ready, or the service is shutting down."},
+    504: {"model": ErrorAnswer, "description": "The request's deadline has passed."},
 }
 _REF = "#/components/schemas/{model}"
 
 
-def create_app(context: ServingContext) -> FastAPI:
+class _Handled(Response):
+    """Has a plain ASGI handler answer what FastAPI has routed; usually front.py takes the request before."""
+
+    def __init__(self, handler: ASGIApp) -> None:
+        super().__init__()
+        self.handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.handler(scope, receive, send)
+
+
+def create_app(context: ServingContext, endpoints: OpenAIEndpoints | None = None) -> FastAPI:
     """The application over one worker's context, which may start later than the application."""
     app = FastAPI(title="nanovllm_bento", version=__version__, description="OpenAI's API for one language model.")
-    endpoints = OpenAIEndpoints(context)
+    endpoints = endpoints or OpenAIEndpoints(context)
+
+    async def chat(request: Request) -> Response:
+        """An answer to a conversation, whole or as a stream of events."""
+        return _Handled(endpoints.chat)
+
+    async def completions(request: Request) -> Response:
+        """A continuation of each prompt, whole or as a stream of events."""
+        return _Handled(endpoints.completions)
 
     app.add_api_route(
         "/v1/chat/completions",
-        endpoints.chat,
+        chat,
         methods=["POST"],
         summary="Answer a conversation",
         response_model=None,
@@ -52,7 +79,7 @@ def create_app(context: ServingContext) -> FastAPI:
     )
     app.add_api_route(
         "/v1/completions",
-        endpoints.completions,
+        completions,
         methods=["POST"],
         summary="Continue one or several texts",
         response_model=None,
@@ -72,6 +99,10 @@ def create_app(context: ServingContext) -> FastAPI:
     async def health() -> dict[str, str]:
         context.check_ready()
         return {"status": "ok"}
+
+    @app.get("/metrics", summary="Metrics in Prometheus's text form", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(context.render_metrics(), media_type=CONTENT_TYPE)
 
     # BentoML serves the rest of the paths, so only /v1 has an answer of ours for what does not exist.
     @app.api_route("/v1/{path:path}", methods=_ALL_METHODS, include_in_schema=False)

@@ -1,18 +1,25 @@
 """What every endpoint of one API worker shares: the engine's client, the model's text side, limits and readiness."""
 
 import asyncio
-import contextlib
+import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from nanovllm_bento import hub
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine.client import EngineClient
-from nanovllm_bento.errors import EngineNotReadyError, InvalidRequestError, NanoVLLMError
-from nanovllm_bento.serving.errors import OverloadedError
+from nanovllm_bento.errors import EngineNotReadyError, NanoVLLMError
+from nanovllm_bento.serving.admission import Admission, Ticket
+from nanovllm_bento.serving.auth import Caller, current_caller
+from nanovllm_bento.serving.errors import DrainingError
+from nanovllm_bento.serving.logs import AccessLog
+from nanovllm_bento.serving.metrics import Metrics
+from nanovllm_bento.serving.pacing import AdaptivePace, pace_of
+from nanovllm_bento.serving.telemetry import Tracing
 from nanovllm_bento.text.chat_template import ChatTemplate
 from nanovllm_bento.text.tokenizer import Tokenizer
 
@@ -20,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 LONG_TEXT = 4096
 """Characters above which text is tokenized in a thread, so that other requests' events are not held up."""
+GC_THRESHOLDS = (50_000, 20, 100)
+"""Objects between collections; what one request leaves behind is freed without the collector."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -30,6 +39,7 @@ class TextSide:
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    _longest_token: int = 0
 
     @classmethod
     def load(cls, config: EngineConfig) -> "TextSide":
@@ -44,6 +54,12 @@ class TextSide:
         defaults = {name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None}
         tokenizer = Tokenizer.load(files)
         return cls(tokenizer, ChatTemplate.of(tokenizer), defaults)
+
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token."""
+        if not self._longest_token:
+            self._longest_token = max(map(len, self.tokenizer.backend.get_vocab()), default=1)
+        return self._longest_token
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> str:
         """The prompt of a conversation. Raises InvalidRequestError."""
@@ -68,40 +84,90 @@ class ServingContext:
         self.config = service_config
         self.model_name = service_config.served_model_name or engine_config.model
         self.created = int(time.time())
-        self.num_open = 0
+        self.admission = Admission(service_config)
+        self.metrics = Metrics(service_config, self.model_name, engine_config=engine_config)
+        self.access_log = AccessLog.create(service_config)
+        self.tracing: Tracing | None = None
+        self.pace = pace_of(service_config.stream_interval, service_config.max_stream_interval)
         self._failure: str | None = None
         self._text = text
-        self._loading: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start the engine's client and load the text side beside it; returns before they are ready."""
         try:
             await self.engine.start()
-        except NanoVLLMError as exc:  # raised, it would have BentoML start workers over and over
+            self.tracing = Tracing.create(self.config)
+            self._share(self.engine.folder)
+        except (NanoVLLMError, OSError) as exc:  # raised, it would have BentoML start workers over and over
             self._fail(str(exc))
             return
+        if isinstance(self.pace, AdaptivePace):
+            self.pace.start()
+        self._tasks.append(asyncio.create_task(self.metrics.follow(self.engine)))
         if self._text is None:
-            self._loading = asyncio.create_task(self._load())
+            self._tasks.append(asyncio.create_task(self._load()))
+
+    def _share(self, folder: Path | None) -> None:
+        """Take part in what the workers of the service count together."""
+        self.admission = Admission(self.config, folder=folder, max_num_seqs=self.engine_config.max_num_seqs)
+        if folder is not None:
+            self.metrics.open(folder)
 
     async def _load(self) -> None:
         try:
-            self._text = await asyncio.to_thread(TextSide.load, self.engine_config)
+            text = await asyncio.to_thread(TextSide.load, self.engine_config)
         except Exception as exc:
             self._fail(f"the model's tokenizer could not be loaded: {exc}")
+            return
+        gc.collect()
+        gc.freeze()  # what start-up made stays; no collection need look at it again
+        gc.set_threshold(*GC_THRESHOLDS)
+        self._text = text
 
     def _fail(self, reason: str) -> None:
         self._failure = reason
         logger.error("The service cannot start: %s", reason)
 
+    async def drain(self, grace: float) -> None:
+        """Refuse new requests; give running ones ``grace`` seconds to finish, then end them with an error."""
+        self.admission.drain()
+        logger.info("draining: %d requests are open", self.admission.num_open)
+        if not await self.admission.drained(grace):
+            logger.warning("%d requests have not finished in %g seconds", self.admission.num_open, grace)
+            self.engine.abort_all("The service is shutting down.")
+
     async def close(self) -> None:
         """Abort what is open and let go of the engine."""
-        if self._loading is not None:
-            self._loading.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if isinstance(self.pace, AdaptivePace):
+            self.pace.stop()
         await self.engine.close()
+        self.metrics.close()
+        self.admission.close()
+        if self.tracing is not None:
+            await self.tracing.close()
+
+    def render_metrics(self) -> bytes:
+        """What /metrics says."""
+        ready = self.engine.is_ready
+        return self.metrics.render(self.engine.stats if ready else None, self.engine.info if ready else None)
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that are open here."""
+        return self.admission.num_open
 
     @property
     def is_ready(self) -> bool:
-        return self._text is not None and self.engine.is_ready
+        """Whether requests are served."""
+        return self._text is not None and self.engine.is_ready and not self.admission.is_draining
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether requests should be sent here: ready, and the engine has been heard of lately."""
+        return self.is_ready and self.engine.is_responsive
 
     @property
     def failure(self) -> str | None:
@@ -109,7 +175,9 @@ class ServingContext:
         return self._failure or self.engine.failure
 
     def check_ready(self) -> None:
-        """Raises EngineNotReadyError unless requests are served now."""
+        """Raises DrainingError or EngineNotReadyError unless requests are served now."""
+        if self.admission.is_draining:
+            raise DrainingError("The service is shutting down and takes no new requests.")
         if not self.is_ready:
             raise EngineNotReadyError(f"The service is not ready: {self.failure or 'the engine is starting'}.")
 
@@ -120,32 +188,16 @@ class ServingContext:
         assert self._text is not None
         return self._text
 
-    @contextlib.contextmanager
-    def admit(self, num_sequences: int) -> Iterator[None]:
-        """Count sequences as open for the time of the context.
+    def admit(self, num_sequences: int, caller: Caller | None = None, num_prompt_tokens: int = 0) -> Ticket:
+        """Counts sequences as open for the time of the context; see Admission.admit. caller: by default the one whose
+        request this task serves."""
+        return self.admission.admit(caller or current_caller.get(), num_sequences, num_prompt_tokens)
 
-        Raises OverloadedError when max_waiting_requests are open, InvalidRequestError where it could never fit.
-        """
-        self.check_load(num_sequences)
-        self.num_open += num_sequences
-        try:
-            yield
-        finally:
-            self.num_open -= num_sequences
-
-    def check_load(self, num_sequences: int) -> None:
-        """Raise what ``admit`` would raise now."""
-        limit = self.config.max_waiting_requests
-        if num_sequences > limit:
-            raise InvalidRequestError(
-                f"A request may hold at most {limit} sequences (prompts × n), not {num_sequences}."
-            )
-        if self.num_open + num_sequences > limit:
-            raise OverloadedError(f"{self.num_open} requests are open here, of at most {limit}. Try again later.")
-
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; long ones are done off the event loop."""
-        tokenizer = self.text.tokenizer
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
+        """Token ids of a text; long ones are done off the event loop. Raises PromptTooLongError."""
+        text_side = self.text
+        self.admission.check_prompt_chars(len(text), self.engine.info.max_model_len, text_side.longest_token, param)
+        tokenizer = text_side.tokenizer
         if len(text) <= LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
         # encode_batch releases the interpreter lock; encode would hold up the event loop from its thread.
@@ -155,12 +207,13 @@ class ServingContext:
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, add_special_tokens: bool
     ) -> list[int]:
         """Token ids of a rendered conversation. Raises InvalidRequestError for what the template refuses."""
+        self.admission.check_messages(len(messages))
         length = sum(len(str(message["content"])) for message in messages)
         if length <= LONG_TEXT:
             prompt = self.text.render_chat(messages, options)
         else:
             prompt = await asyncio.to_thread(self.text.render_chat, messages, options)
-        return await self.encode(prompt, add_special_tokens=add_special_tokens)
+        return await self.encode(prompt, add_special_tokens=add_special_tokens, param="messages")
 
     async def encode_all(self, prompts: Sequence[str | list[int]], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of prompts, which may be token ids already."""

@@ -4,6 +4,7 @@ Not responsible for deciding what is wrong: that is where the named errors of ``
 """
 
 import logging
+import math
 from typing import Any
 
 import msgspec
@@ -11,7 +12,14 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from nanovllm_bento.errors import EngineDeadError, EngineNotReadyError, InvalidRequestError, NanoVLLMError
+from nanovllm_bento.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineNotReadyError,
+    InvalidRequestError,
+    NanoVLLMError,
+    ShuttingDownError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +27,15 @@ INVALID_REQUEST = "invalid_request_error"
 
 
 class OverloadedError(NanoVLLMError):
-    """More requests are open than ServiceConfig.max_waiting_requests allows (HTTP 429)."""
+    """More is open, or was asked for lately, than the limits allow (HTTP 429). retry_after: seconds."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DrainingError(NanoVLLMError):
+    """The service is shutting down and takes no new requests (HTTP 503)."""
 
 
 def error_object(exc: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -29,13 +45,18 @@ def error_object(exc: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
         case InvalidRequestError():
             status, message, kind, param, code = exc.status_code, exc.message, INVALID_REQUEST, exc.param, exc.code
         case OverloadedError():
-            status, kind, code, headers = 429, "rate_limit_error", "rate_limit_exceeded", {"Retry-After": "1"}
+            seconds = max(1, math.ceil(exc.retry_after))
+            status, kind, code, headers = 429, "rate_limit_error", "rate_limit_exceeded", {"Retry-After": str(seconds)}
+        case DrainingError() | ShuttingDownError():
+            status, kind, code, headers = 503, "service_unavailable", "shutting_down", {"Retry-After": "5"}
         case EngineNotReadyError():
             status, kind, code, headers = 503, "service_unavailable", "engine_not_ready", {"Retry-After": "1"}
         case HTTPException():
             status, message, headers = exc.status_code, exc.detail, dict(exc.headers or {})
             kind = INVALID_REQUEST if status < 500 else "server_error"
             code = {404: "not_found", 405: "method_not_allowed"}.get(status)
+        case DeadlineExceededError():
+            status, kind, code = 504, "timeout_error", "deadline_exceeded"
         case EngineDeadError():
             code = "engine_dead"
         case NanoVLLMError():

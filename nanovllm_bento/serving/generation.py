@@ -5,32 +5,39 @@ to the token that completed the match.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import cast
 
-from nanovllm_bento.engine.client import EngineClient
+from nanovllm_bento.engine.client import EVERY_STEP, EngineClient, Pace
 from nanovllm_bento.engine.messages import EngineInfo, OutputItem
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import EngineError
 from nanovllm_bento.sampling_params import MAX_SEED, SamplingParams
+from nanovllm_bento.serving.metrics import RequestMetrics
 from nanovllm_bento.text.detokenizer import IncrementalDetokenizer
 from nanovllm_bento.text.tokenizer import Tokenizer
 
-WHOLE_ANSWER_INTERVAL = 16
-"""Steps joined where nobody reads along: fewer, larger detokenizer calls, none of them long."""
+WHOLE_ANSWER = Pace(64)
+"""Where nobody reads along: fewer, larger detokenizer calls, none of them long."""
 
 
 @dataclass(slots=True)
 class Job:
-    """One sequence to generate; ``sampling`` is resolved and has n=1."""
+    """One sequence to generate; ``sampling`` is resolved and has n=1.
+
+    deadline: time.time() by which it must have finished. metrics: what is told of its tokens and its end.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     cache_salt: str = ""
     priority: int = 0
+    deadline: float | None = None
+    metrics: RequestMetrics | None = None
 
 
 @dataclass(slots=True)
@@ -76,6 +83,7 @@ def plan_jobs(
     param: str = "prompt",
     cache_salt: str = "",
     priority: int = 0,
+    deadline: float | None = None,
 ) -> list[Job]:
     """One job for each prompt and choice, in the order prompt * n + choice; choice i is sampled with seed + i.
 
@@ -91,16 +99,16 @@ def plan_jobs(
         assert resolved.seed is not None
         for i in range(num_choices):
             choice = resolved if i == 0 else resolved.with_changes(seed=(resolved.seed + i) & MAX_SEED)
-            jobs.append(Job(f"{request_id}-{len(jobs)}", prompt, choice, cache_salt, priority))
+            jobs.append(Job(f"{request_id}-{len(jobs)}", prompt, choice, cache_salt, priority, deadline))
     return jobs
 
 
 async def generate_text(
-    engine: EngineClient, tokenizer: Tokenizer, job: Job, *, stream_interval: int = 1
+    engine: EngineClient, tokenizer: Tokenizer, job: Job, *, pace: Pace = EVERY_STEP
 ) -> AsyncGenerator[Delta, None]:
     """Yield the text of one job as it grows; the last delta has a finish_reason.
 
-    ``stream_interval`` steps are joined in a delta, but the first and the last are never held back. Closing the
+    At least ``pace.tokens`` tokens are joined in a delta, but the first and the last are never held back. Closing the
     generator aborts the job. Raises EngineNotReadyError, or EngineError when the engine could not finish it.
     """
     sampling = job.sampling
@@ -112,53 +120,82 @@ async def generate_text(
         min_tokens=sampling.min_tokens,
     )
     must_look = bool(sampling.stop_strings)  # at every step, or a stop string would be found late
+    metrics, outcome = job.metrics, "abort"
     text = ""  # since the last delta
     token_ids: list[int] = []  # since the last delta
     unread: list[int] = []  # not yet detokenized
-    num_tokens = step = 0
+    num_tokens = num_deltas = 0
     stream = engine.generate(
-        job.request_id, job.prompt_token_ids, sampling, cache_salt=job.cache_salt, priority=job.priority
+        job.request_id,
+        job.prompt_token_ids,
+        sampling,
+        cache_salt=job.cache_salt,
+        priority=job.priority,
+        deadline=job.deadline,
+        pace=EVERY_STEP if must_look else pace,
     )
-    async with aclosing(cast(AsyncGenerator[OutputItem, None], stream)) as items:
-        async for item in items:
-            finished = item.finish_reason is not None
-            if finished and item.finish_reason not in ("stop", "length"):
-                raise EngineError(item.error or f"The engine ended the request: {item.finish_reason}.")
-            new = item.new_token_ids
-            num_tokens += len(new)
-            token_ids += new
-            # The token that ended a sequence (end of sequence, stop token) counts but is no text.
-            unread += new[:-1] if item.finish_reason == "stop" else new
-            due = finished or step % stream_interval == 0
-            step += 1
-            if due or must_look:
-                text += detokenizer.push(unread)
-                unread = []
-                if detokenizer.stop_reason is not None:
-                    break
-            if finished:
-                text += detokenizer.finish()
-                if detokenizer.stop_reason is not None:
-                    break
-                yield Delta(text, token_ids, num_tokens, item.num_cached_tokens, item.finish_reason, item.stop_reason)
-                return
-            if due:
-                yield Delta(text, token_ids, num_tokens, item.num_cached_tokens)
-                text, token_ids = "", []
-        else:
-            raise EngineError("The engine ended the request without a reason.")
-    surplus = num_tokens - detokenizer.num_tokens_used
-    token_ids = token_ids[: len(token_ids) - surplus]
-    yield Delta(text, token_ids, num_tokens - surplus, item.num_cached_tokens, "stop", detokenizer.stop_reason)
+    try:
+        async with aclosing(cast(AsyncGenerator[OutputItem, None], stream)) as items:
+            async for item in items:
+                new, reason = item.new_token_ids, item.finish_reason
+                if reason is not None and reason not in ("stop", "length"):
+                    raise EngineError(item.error or f"The engine ended the request: {reason}.")
+                if metrics is not None and new:
+                    if num_tokens:
+                        metrics.tokens(time.monotonic(), len(new))
+                    else:
+                        metrics.first(time.monotonic(), item.scheduled_at, len(new), item.num_cached_tokens)
+                num_tokens += len(new)
+                token_ids += new
+                # The token that ended a sequence (end of sequence, stop token) counts but is no text.
+                unread += new[:-1] if reason == "stop" else new
+                due = reason is not None or not num_deltas or len(token_ids) >= pace.tokens
+                if due or must_look:
+                    text += detokenizer.push(unread)
+                    unread = []
+                    if detokenizer.stop_reason is not None:
+                        break
+                if reason is not None:
+                    text += detokenizer.finish()
+                    if detokenizer.stop_reason is not None:
+                        break
+                    outcome = reason
+                    yield Delta(text, token_ids, num_tokens, item.num_cached_tokens, reason, item.stop_reason)
+                    return
+                if due:
+                    num_deltas += 1
+                    yield Delta(text, token_ids, num_tokens, item.num_cached_tokens)
+                    text, token_ids = "", []
+            else:
+                raise EngineError("The engine ended the request without a reason.")
+        outcome = "stop"
+        surplus = num_tokens - detokenizer.num_tokens_used
+        token_ids = token_ids[: len(token_ids) - surplus]
+        yield Delta(text, token_ids, num_tokens - surplus, item.num_cached_tokens, "stop", detokenizer.stop_reason)
+    except Exception:
+        outcome = "error"
+        raise
+    finally:
+        if metrics is not None:
+            metrics.finish(time.monotonic(), outcome)
 
 
-async def side_by_side(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """Run several streams at once; yields (index of the stream, delta) as they come. A failure of one ends all."""
+async def follow(
+    streams: Sequence[AsyncGenerator[Delta, None]], handle: Callable[[int, Delta], Awaitable[None]]
+) -> None:
+    """Run streams at once; calls ``handle(index of the stream, delta)`` as they come. A failure of one ends all."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
             async for delta in only:
-                yield 0, delta
+                await handle(0, delta)
         return
+    async with aclosing(_side_by_side(streams)) as deltas:
+        async for index, delta in deltas:
+            await handle(index, delta)
+
+
+async def _side_by_side(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """(index of the stream, delta) of several streams as they come."""
     queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncGenerator[Delta, None]) -> None:
@@ -190,8 +227,9 @@ async def side_by_side(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncG
 async def complete(engine: EngineClient, tokenizer: Tokenizer, jobs: Sequence[Job]) -> list[Completion]:
     """Run jobs side by side to their end; completions in the order of the jobs. A failure of one ends all."""
     completions = [Completion() for _ in jobs]
-    streams = [generate_text(engine, tokenizer, job, stream_interval=WHOLE_ANSWER_INTERVAL) for job in jobs]
-    async with aclosing(side_by_side(streams)) as deltas:
-        async for index, delta in deltas:
-            completions[index].add(delta)
+
+    async def add(index: int, delta: Delta) -> None:
+        completions[index].add(delta)
+
+    await follow([generate_text(engine, tokenizer, job, pace=WHOLE_ANSWER) for job in jobs], add)
     return completions

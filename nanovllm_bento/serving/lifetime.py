@@ -1,9 +1,12 @@
-"""Ends an API worker with the process that it works for."""
+"""How an API worker ends: with the process that it works for, and on SIGTERM once its requests have."""
 
 import asyncio
 import logging
 import os
 import signal
+import threading
+from collections.abc import Awaitable, Callable
+from types import FrameType
 
 logger = logging.getLogger(__name__)
 
@@ -37,3 +40,34 @@ def end_with(pid: int) -> None:
         end()
 
     loop.add_reader(pidfd, on_end)
+
+
+def drain_on_sigterm(drain: Callable[[], Awaitable[None]]) -> None:
+    """On SIGTERM run ``drain`` while the server still answers (with 503), and only then have it end as it would have.
+
+    The server's own way, which BentoML gives no bound by default, is to refuse connections at once and to wait for open
+    requests for ever. To be called on the event loop's thread, with the server's handlers installed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # a server within another program, which has the signals
+    loop = asyncio.get_running_loop()
+    server = signal.getsignal(signal.SIGTERM)
+    tasks: list[asyncio.Task[None]] = []
+
+    async def end() -> None:
+        try:
+            await drain()
+        except Exception:
+            logger.exception("draining failed")
+        loop.call_later(GRACE, os._exit, 0)  # if clients that do not read hold the server up
+        if callable(server):
+            server(signal.SIGTERM, None)
+
+    def begin() -> None:
+        if not tasks:
+            tasks.append(asyncio.create_task(end()))
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(begin)
+
+    signal.signal(signal.SIGTERM, on_signal)

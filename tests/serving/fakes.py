@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,8 +11,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
+from nanovllm_bento.engine.client import EVERY_STEP, Pace
 from nanovllm_bento.engine.messages import EngineInfo, EngineStats, OutputItem
-from nanovllm_bento.errors import EngineDeadError, EngineNotReadyError
+from nanovllm_bento.errors import EngineDeadError, EngineNotReadyError, ShuttingDownError
 from nanovllm_bento.sampling_params import SamplingParams
 from nanovllm_bento.serving.context import ServingContext, TextSide
 from nanovllm_bento.text.chat_template import ChatTemplate
@@ -51,6 +53,8 @@ class FakeEngine:
         self.failure: str | None = None
         self.hold: asyncio.Event | None = None
         self.dies_after: int | None = None
+        self.all_aborted: str | None = None
+        self.fails_with: Exception | None = None
         self.endless = False
         self.info = EngineInfo(
             max_model_len=512,
@@ -67,6 +71,8 @@ class FakeEngine:
         self.stats = EngineStats()
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
         self.options: dict[str, tuple[str, int]] = {}
+        self.deadlines: dict[str, float | None] = {}
+        self.folder: Path | None = None
         self.open: set[str] = set()
         self.most_open = 0
         self.aborted: list[str] = []
@@ -76,8 +82,17 @@ class FakeEngine:
         """Raise max_model_len and the cache to so many tokens."""
         self.info = msgspec.structs.replace(self.info, max_model_len=tokens, num_blocks=tokens // 16 + 1)
 
+    @property
+    def is_responsive(self) -> bool:
+        return self.is_ready
+
     async def start(self) -> None:
         pass
+
+    def abort_all(self, why: str) -> None:
+        self.all_aborted = why
+        if self.hold is not None:
+            self.hold.set()
 
     async def close(self) -> None:
         pass
@@ -90,12 +105,16 @@ class FakeEngine:
         *,
         cache_salt: str = "",
         priority: int = 0,
+        deadline: float | None = None,
+        pace: Pace = EVERY_STEP,
+        num_scored: int = 0,
     ) -> AsyncIterator[OutputItem]:
         if not self.is_ready:
             raise EngineNotReadyError("The engine is being restarted.")
         assert request_id not in self.requests
         self.requests[request_id] = (list(prompt_token_ids), sampling)
         self.options[request_id] = (cache_salt, priority)
+        self.deadlines[request_id] = deadline
         self.open.add(request_id)
         self.most_open = max(self.most_open, len(self.open))
         self._wake()
@@ -103,6 +122,16 @@ class FakeEngine:
         try:
             if self.hold is not None:
                 await self.hold.wait()
+            if self.fails_with is not None:
+                raise self.fails_with
+            if self.all_aborted is not None:
+                raise ShuttingDownError(self.all_aborted)
+            if num_scored:
+                done = True
+                scored = prompt_token_ids[-num_scored:]
+                logprobs, greedy = [-token / 100 for token in scored], [token % 2 == 0 for token in scored]
+                yield OutputItem(request_id, [], "stop", num_cached_tokens=4, logprobs=logprobs, is_greedy=greedy)
+                return
             async for item in self._items(request_id, sampling):
                 done = item.finish_reason is not None
                 yield item
@@ -118,6 +147,8 @@ class FakeEngine:
         sent = 0
         while True:
             await asyncio.sleep(0)
+            if self.all_aborted is not None:
+                raise ShuttingDownError(self.all_aborted)
             new = (tokens * 2 if self.endless else tokens)[sent % len(tokens) :][: self.tokens_per_step]
             if self.dies_after is not None and sent + len(new) > self.dies_after:
                 raise EngineDeadError("The engine died.")
@@ -136,6 +167,8 @@ class FakeEngine:
                 return
 
     def _wake(self) -> None:
+        self.stats.num_requests_running = len(self.open)
+        self.stats.num_blocks_used, self.stats.num_blocks = len(self.open), self.info.num_blocks
         self.changed.set()
         self.changed = asyncio.Event()
 

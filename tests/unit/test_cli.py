@@ -57,13 +57,36 @@ def test_serve_hands_settings_on_as_environment(executed: list[list[str]]) -> No
     assert (config.max_num_seqs, config.enable_prefix_caching, config.dtype) == (8, False, "float32")
 
 
+def test_serve_gives_bentoml_the_grace_time_and_its_own_options(executed: list[list[str]]) -> None:
+    arguments = "--model demo --shutdown-grace-seconds 7.5 -- --ssl-certfile cert.pem --backlog 4096"
+    result = runner.invoke(cli.app, ["serve", *arguments.split()])
+    assert result.exit_code == 0, result.output
+    command = executed[0]
+    assert command[-4:] == ["--ssl-certfile", "cert.pem", "--backlog", "4096"]
+    # uvicorn cuts connections only after the service has ended them with an error
+    assert int(command[command.index("--timeout-graceful-shutdown") + 1]) == 8 + cli.SHUTDOWN_MARGIN
+
+
+def test_a_model_without_its_option_is_an_error(executed: list[list[str]], capfd: pytest.CaptureFixture[str]) -> None:
+    result = runner.invoke(cli.app, ["serve", "demo"])
+    assert result.exit_code == 2 and not executed
+    assert "--model" in result.output + capfd.readouterr().err
+
+
+def test_serve_refuses_devices_that_are_not_there(executed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = runner.invoke(cli.app, ["serve", "--model", "demo", "--device", "cuda"])
+    assert isinstance(result.exception, ConfigError) and "0 visible" in str(result.exception)
+    assert not executed
+
+
 def test_serve_refuses_what_the_service_would(executed: list[list[str]]) -> None:
     result = runner.invoke(cli.app, ["serve", "--max-num-seqs", "0"])
     assert isinstance(result.exception, ConfigError) and "max_num_seqs=0" in str(result.exception)
     assert not executed
 
 
-@pytest.mark.parametrize("command", [["serve"], ["bench", "offline"], ["chat"], ["doctor"]])
+@pytest.mark.parametrize("command", [["serve"], ["bench", "offline"], ["bench", "serve"], ["chat"], ["doctor"]])
 def test_unknown_option_is_an_error(command: list[str]) -> None:
     result = runner.invoke(cli.app, [*command, "--no-such-thing", "1"])
     assert result.exit_code == 2
@@ -82,6 +105,8 @@ def test_a_relative_model_path_survives_a_change_of_folder(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     assert cli.settings_environment({"model": "m"})["NANOVLLM_MODEL"] == str(tmp_path / "m")
     assert cli.settings_environment({"model": "a/b", "seed": None}) == {"NANOVLLM_MODEL": "a/b"}
+    (tmp_path / "keys").write_text("a:b")
+    assert cli.settings_environment({"api_keys_file": "keys"})["NANOVLLM_API_KEYS_FILE"] == str(tmp_path / "keys")
 
 
 @pytest.mark.parametrize(

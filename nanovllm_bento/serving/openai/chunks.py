@@ -1,10 +1,55 @@
-"""Encodes the chunks of a stream: bytes around a delta that alone is escaped for each chunk."""
+"""Encodes answers: whole ones, and the chunks of a stream as bytes around a delta that alone is escaped for each.
+
+No model is built on the way, which would cost more than the rest of a chunk; their shapes are those of ChatCompletion
+and TextCompletion in protocol.py, which a test compares.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-from nanovllm_bento.serving.openai.protocol import Usage
+from nanovllm_bento.serving.generation import Completion
 
 _encode = msgspec.json.encode
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """OpenAI's usage object; the prompt counts once for all its choices."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def whole_answer(
+    completions: Sequence[Completion],
+    *,
+    chat: bool,
+    request_id: str,
+    created: int,
+    model: str,
+    usage: dict[str, Any],
+) -> bytes:
+    """The answer of a request without stream."""
+    choices = []
+    for index, done in enumerate(completions):
+        said = {"message": {"role": "assistant", "content": done.text}} if chat else {"text": done.text}
+        end = {"logprobs": None, "finish_reason": done.finish_reason, "stop_reason": done.stop_reason}
+        choices.append({"index": index, **said, **end})
+    return _encode(
+        {
+            "id": request_id,
+            "object": "chat.completion" if chat else "text_completion",
+            "created": created,
+            "model": model,
+            "system_fingerprint": None,
+            "choices": choices,
+            "usage": usage,
+        }
+    )
 
 
 def _escape(text: str) -> bytes:
@@ -51,9 +96,9 @@ class ChunkEncoder:
             self._tail,
         )
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: dict[str, Any]) -> bytes:
         """The chunk after all choices ended."""
-        return self._head + b'],"usage":' + usage.model_dump_json().encode() + b"}\n\n"
+        return self._head + b'],"usage":' + _encode(usage) + b"}\n\n"
 
     def _delta(self, index: int, text: str) -> bytes:
         if not self._chat:

@@ -1,37 +1,72 @@
-"""The handlers of OpenAI's endpoints: body in, one answer or a stream of chunks out."""
+"""The handlers of OpenAI's endpoints: body in, one answer or a stream of chunks out.
 
+They are plain ASGI applications, so that nothing they do not need stands between them and the server: see front.py.
+"""
+
+import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
 from pydantic import ValidationError
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from nanovllm_bento.errors import InvalidRequestError, ModelNotServedError, UnsupportedFieldError
+from nanovllm_bento import log_format
+from nanovllm_bento.errors import InvalidRequestError, ModelNotServedError
 from nanovllm_bento.sampling_params import SamplingParams
-from nanovllm_bento.serving.context import ServingContext
-from nanovllm_bento.serving.errors import error_response, invalid_body
-from nanovllm_bento.serving.generation import Completion, Job, complete, generate_text, plan_jobs, side_by_side
-from nanovllm_bento.serving.openai.chunks import ChunkEncoder
+from nanovllm_bento.serving.admission import Ticket
+from nanovllm_bento.serving.auth import Caller, caller_of
+from nanovllm_bento.serving.context import ServingContext, TextSide
+from nanovllm_bento.serving.errors import error_event, error_object, invalid_body
+from nanovllm_bento.serving.generation import (
+    WHOLE_ANSWER,
+    Completion,
+    Delta,
+    Job,
+    follow,
+    generate_text,
+    plan_jobs,
+)
+from nanovllm_bento.serving.logs import request_id_of
+from nanovllm_bento.serving.openai.chunks import ChunkEncoder, usage_of, whole_answer
 from nanovllm_bento.serving.openai.protocol import (
-    AnswerMessage,
-    ChatChoice,
-    ChatCompletion,
     ChatCompletionRequest,
-    CompletionChoice,
     CompletionRequest,
     GenerationRequest,
     ModelCard,
-    TextCompletion,
-    Usage,
 )
-from nanovllm_bento.serving.streaming import DONE, ClientDisconnectedError, EventStream, until_disconnect
+from nanovllm_bento.serving.streaming import (
+    DONE,
+    ClientDisconnectedError,
+    EventSender,
+    Headers,
+    read_body,
+    send_whole,
+    until_disconnect,
+)
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
+
+JSON = (b"content-type", b"application/json")
+CLIENT_LEFT = 499
+"""The status in logs of a request whose client left before its answer began."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One HTTP request and what became of it. ``arrived``: time.monotonic(); request_id: of HTTP, for logs."""
+
+    scope: Scope
+    request_id: str
+    caller: Caller
+    arrived: float = field(default_factory=time.monotonic)
+    plan: "Plan | None" = None
+    body: GenerationRequest | None = None
+    status: int = 200
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -45,11 +80,18 @@ class Plan:
     num_prompts: int
     num_prompt_tokens: int
     chat: bool
+    sampling: SamplingParams
+    text: TextSide
+    caller: Caller
+    arrived: float
 
-    def usage(self, num_tokens: Sequence[int], num_cached_tokens: Sequence[int]) -> Usage:
+    @property
+    def num_choices(self) -> int:
+        return len(self.jobs) // self.num_prompts
+
+    def usage(self, num_tokens: Sequence[int], num_cached_tokens: Sequence[int]) -> dict[str, Any]:
         """From each job's counts; of a prompt's choices the first tells what the cache gave."""
-        choices = len(self.jobs) // self.num_prompts
-        return Usage.of(self.num_prompt_tokens, sum(num_tokens), sum(num_cached_tokens[::choices]))
+        return usage_of(self.num_prompt_tokens, sum(num_tokens), sum(num_cached_tokens[:: self.num_choices]))
 
 
 class OpenAIEndpoints:
@@ -58,139 +100,279 @@ class OpenAIEndpoints:
     def __init__(self, context: ServingContext) -> None:
         self.context = context
 
-    async def chat(self, request: Request) -> Response:
+    async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/chat/completions"""
-        return await self._answer(request, ChatCompletionRequest, self._plan_chat)
+        await self._serve(scope, receive, send, ChatCompletionRequest, self._plan_chat)
 
-    async def completions(self, request: Request) -> Response:
+    async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         """POST /v1/completions"""
-        return await self._answer(request, CompletionRequest, self._plan_completion)
+        await self._serve(scope, receive, send, CompletionRequest, self._plan_completion)
 
     def model_card(self, name: str | None = None) -> ModelCard:
         """The served model. Raises ModelNotServedError for another name."""
+        self._check_model(name)
+        length = self.context.engine.info.max_model_len if self.context.is_ready else None
+        return ModelCard(id=self.context.model_name, created=self.context.created, max_model_len=length)
+
+    def _check_model(self, name: str | None) -> None:
         served = self.context.model_name
         if name is not None and name != served:
             raise ModelNotServedError(f"The model {name!r} is not served here; {served!r} is.", param="model")
-        length = self.context.engine.info.max_model_len if self.context.is_ready else None
-        return ModelCard(id=served, created=self.context.created, max_model_len=length)
 
-    async def _answer(
-        self, request: Request, kind: type[RequestT], plan_it: Callable[[RequestT], Awaitable[Plan]]
-    ) -> Response:
+    # -- one exchange -------------------------------------------------------------------------------------------------
+
+    async def _serve(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        kind: type[RequestT],
+        plan_it: Callable[[RequestT, Exchange], Awaitable[Plan]],
+    ) -> None:
+        exchange = Exchange(scope, request_id_of(scope["headers"]), caller_of(scope))
+        log_format.request_id.set(exchange.request_id)
+        headers = [(b"x-request-id", exchange.request_id.encode())]
+        events = EventSender(send, headers)
         try:
-            try:
-                body = kind.model_validate_json(await request.body())
-            except ValidationError as exc:
-                raise invalid_body(exc) from None
-            if body.stream_options is not None and not body.stream:
-                raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
-            self.model_card(body.model)
-            plan = await plan_it(body)
+            body = exchange.body = self._parse(kind, await read_body(receive))
+            plan = exchange.plan = await plan_it(body, exchange)
             if body.stream:
-                return EventStream(self._events(plan, include_usage=body.include_usage))
-            completions = await until_disconnect(request.receive, self._complete(plan))
-            return Response(self._whole(plan, completions), media_type="application/json")
-        except (ClientDisconnectedError, ClientDisconnect):
-            return Response(status_code=499)  # nobody reads it
+                await until_disconnect(receive, self._stream(plan, events, include_usage=body.include_usage))
+            else:
+                answer = await until_disconnect(receive, self._complete(plan))
+                await send_whole(send, 200, [JSON, *headers], answer)
+        except ClientDisconnectedError:
+            if not events.started:
+                exchange.status = CLIENT_LEFT
+        except asyncio.CancelledError:
+            exchange.status = CLIENT_LEFT
+            raise
         except Exception as exc:
-            return error_response(exc)
+            await self._fail(exchange, exc, send, events, headers)
+        finally:
+            self._ended(exchange)
 
-    async def _plan_chat(self, body: ChatCompletionRequest) -> Plan:
-        text_side = self.context.text
-        sampling = body.to_sampling(text_side.sampling_defaults)
-        self.context.check_load(sampling.n)
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    async def _fail(
+        self, exchange: Exchange, exc: Exception, send: Send, events: EventSender, headers: Headers
+    ) -> None:
+        """Tell the client of an error: by the status, or in an event if the answer has begun."""
+        status, answer, more = error_object(exc)
+        exchange.error = answer["error"]["code"] or answer["error"]["type"]
+        if events.started:
+            if not events.finished:
+                await events.send(error_event(exc), last=True)
+            return
+        exchange.status = status
+        self.context.metrics.refused(status)
+        extra = [(name.lower().encode(), value.encode("latin-1")) for name, value in more.items()]
+        await send_whole(send, status, [JSON, *extra, *headers], msgspec.json.encode(answer))
+
+    def _ended(self, exchange: Exchange) -> None:
+        """For the access log and the traces, where they are asked for."""
+        log, tracing = self.context.access_log, self.context.tracing
+        if log is None and tracing is None:
+            return
+        plan, scope = exchange.plan, exchange.scope
+        sequences = [job.metrics for job in plan.jobs if job.metrics is not None] if plan else []
+        if log is not None:
+            prompt = exchange.body.prompt_for_logs() if log.prompts and exchange.body is not None else None
+            log.write(
+                exchange.request_id,
+                scope["path"],
+                exchange.status,
+                exchange.arrived,
+                sequences,
+                caller=exchange.caller.name,
+                error=exchange.error,
+                prompt=prompt,
+            )
+        if tracing is not None:
+            tracing.record(
+                scope["headers"],
+                exchange.request_id,
+                self.context.model_name,
+                exchange.arrived,
+                sequences,
+                plan.sampling if plan else None,
+                error=exchange.error,
+            )
+
+    # -- from body to plan --------------------------------------------------------------------------------------------
+
+    def _parse(self, kind: type[RequestT], data: bytes) -> RequestT:
+        try:
+            body = kind.model_validate_json(data)
+        except ValidationError as exc:
+            raise invalid_body(exc) from None
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequestError("stream_options needs stream=true.", param="stream_options")
+        self._check_model(body.model)
+        return body
+
+    async def _plan_chat(self, body: ChatCompletionRequest, exchange: Exchange) -> Plan:
+        sampling = self._sampling(body, 1, exchange)
+        messages = [message.for_template() for message in body.messages]
         options = dict(body.chat_template_kwargs or {})
         options["add_generation_prompt"] = body.add_generation_prompt is not False
         ids = await self.context.encode_chat(messages, options, add_special_tokens=bool(body.add_special_tokens))
-        return self._plan("chatcmpl-", body, [ids], sampling, param="messages")
+        return self._plan("chatcmpl-", body, [ids], sampling, exchange, param="messages")
 
-    async def _plan_completion(self, body: CompletionRequest) -> Plan:
-        text_side = self.context.text
-        sampling = body.to_sampling(text_side.sampling_defaults)
-        self.context.check_load(len(body.prompt) * sampling.n)
+    async def _plan_completion(self, body: CompletionRequest, exchange: Exchange) -> Plan:
+        sampling = self._sampling(body, len(body.prompt), exchange)
         special = body.add_special_tokens is not False
         prompts = await self.context.encode_all(body.prompt, add_special_tokens=special)
-        return self._plan("cmpl-", body, prompts, sampling, param="prompt")
+        return self._plan("cmpl-", body, prompts, sampling, exchange, param="prompt")
+
+    def _sampling(
+        self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int, exchange: Exchange
+    ) -> SamplingParams:
+        """The request's sampling parameters; what can be refused before its text is looked at is refused here."""
+        sampling = body.to_sampling(self.context.text.sampling_defaults)
+        admission = self.context.admission
+        admission.check(exchange.caller, num_prompts * sampling.n)
+        if sampling.stop:
+            admission.check_stop(sampling.stop_strings)
+        return sampling
 
     def _plan(
-        self, prefix: str, body: GenerationRequest, prompts: list[list[int]], sampling: SamplingParams, param: str
+        self,
+        prefix: str,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        exchange: Exchange,
+        *,
+        param: str,
     ) -> Plan:
-        info = self.context.engine.info
-        if body.priority and info.scheduling_policy != "priority":
-            raise UnsupportedFieldError(
-                f"priority={body.priority} needs scheduling_policy=priority, but it is {info.scheduling_policy} here.",
-                param="priority",
-            )
+        caller, info = exchange.caller, self.context.engine.info
         request_id = prefix + secrets.token_hex(12)
+        deadline = None
+        if body.deadline_ms is not None:
+            deadline = time.time() - (time.monotonic() - exchange.arrived) + body.deadline_ms / 1000
         jobs = plan_jobs(
             request_id,
             prompts,
             sampling,
             info,
             param=param,
-            cache_salt=body.cache_salt or "",
-            priority=body.priority or 0,
+            cache_salt=caller.salt(body.cache_salt),
+            priority=caller.effective_priority(body.priority, info.scheduling_policy),
+            deadline=deadline,
         )
-        num_prompt_tokens = sum(map(len, prompts))
-        model = self.context.model_name
-        return Plan(request_id, int(time.time()), model, jobs, len(prompts), num_prompt_tokens, param == "messages")
+        return Plan(
+            request_id,
+            int(time.time()),
+            self.context.model_name,
+            jobs,
+            len(prompts),
+            sum(map(len, prompts)),
+            param == "messages",
+            sampling,
+            self.context.text,
+            caller,
+            exchange.arrived,
+        )
 
-    async def _complete(self, plan: Plan) -> list[Completion]:
-        with self.context.admit(len(plan.jobs)):
-            return await complete(self.context.engine, self.context.text.tokenizer, plan.jobs)
+    # -- from plan to answer ------------------------------------------------------------------------------------------
 
-    def _whole(self, plan: Plan, completions: Sequence[Completion]) -> bytes:
+    async def _turn(self, plan: Plan, ticket: Ticket) -> None:
+        """Wait until the request may go to the engine; its jobs are watched from here on."""
+        metrics, n = self.context.metrics, plan.num_choices
+        watched = [
+            metrics.request(
+                len(job.prompt_token_ids),
+                plan.arrived,
+                max_tokens=job.sampling.max_tokens,
+                n=0 if i % n else n,
+                held=True,
+            )
+            for i, job in enumerate(plan.jobs)
+        ]
+        for job, watch in zip(plan.jobs, watched, strict=True):
+            job.metrics = watch
+        try:
+            by_priority = self.context.engine.info.scheduling_policy == "priority"
+            await ticket.turn(plan.jobs[0].priority if by_priority else None)
+        except BaseException:
+            for watch in watched:
+                watch.finish(time.monotonic(), "abort")
+            raise
+        for watch in watched:
+            watch.submitted()
+
+    async def _complete(self, plan: Plan) -> bytes:
         """The encoded answer of a request without stream."""
-        usage = plan.usage([len(c.token_ids) for c in completions], [c.num_cached_tokens for c in completions])
-        common: dict[str, Any] = {"id": plan.request_id, "created": plan.created, "model": plan.model, "usage": usage}
-        answer: ChatCompletion | TextCompletion
-        if plan.chat:
-            answer = ChatCompletion(
-                choices=[
-                    ChatChoice(message=AnswerMessage(content=c.text), **_end(i, c)) for i, c in enumerate(completions)
-                ],
-                **common,
-            )
-        else:
-            answer = TextCompletion(
-                choices=[CompletionChoice(text=c.text, **_end(i, c)) for i, c in enumerate(completions)], **common
-            )
-        return answer.model_dump_json().encode()
-
-    async def _events(self, plan: Plan, *, include_usage: bool) -> AsyncGenerator[bytes, None]:
-        """The encoded events of a request with stream."""
+        completions = [Completion() for _ in plan.jobs]
         context = self.context
-        encoder = ChunkEncoder(
+
+        async def add(index: int, delta: Delta) -> None:
+            completions[index].add(delta)
+
+        with context.admit(len(plan.jobs), plan.caller, plan.num_prompt_tokens) as ticket:
+            try:
+                await self._turn(plan, ticket)
+                streams = [generate_text(context.engine, plan.text.tokenizer, j, pace=WHOLE_ANSWER) for j in plan.jobs]
+                await follow(streams, add)
+            finally:
+                ticket.charge(sum(len(c.token_ids) for c in completions))
+        num_cached = [c.num_cached_tokens for c in completions]
+        return whole_answer(
+            completions,
+            chat=plan.chat,
+            request_id=plan.request_id,
+            created=plan.created,
+            model=plan.model,
+            usage=plan.usage([len(c.token_ids) for c in completions], num_cached),
+        )
+
+    async def _stream(self, plan: Plan, events: EventSender, *, include_usage: bool) -> None:
+        """Send the events of a request with stream."""
+        context = self.context
+        answer = _StreamedAnswer(plan, include_usage=include_usage)
+
+        async def send(index: int, delta: Delta) -> None:
+            if event := answer.event(index, delta):
+                await events.send(event, last=not answer.num_running)
+
+        with context.admit(len(plan.jobs), plan.caller, plan.num_prompt_tokens) as ticket:
+            try:
+                await self._turn(plan, ticket)
+                streams = [generate_text(context.engine, plan.text.tokenizer, j, pace=context.pace) for j in plan.jobs]
+                await follow(streams, send)
+            finally:
+                ticket.charge(sum(answer.num_tokens))
+
+
+class _StreamedAnswer:
+    """Makes events of the deltas of a plan's jobs, and knows which of those still run."""
+
+    def __init__(self, plan: Plan, *, include_usage: bool) -> None:
+        self.plan, self.include_usage = plan, include_usage
+        self.num_tokens, self.num_cached = [0] * len(plan.jobs), [0] * len(plan.jobs)
+        self.num_running = len(plan.jobs)
+        self._is_new = [True] * len(plan.jobs)
+        self._encoder = ChunkEncoder(
             chat=plan.chat,
             request_id=plan.request_id,
             created=plan.created,
             model=plan.model,
             include_usage=include_usage,
         )
-        num_tokens, num_cached = [0] * len(plan.jobs), [0] * len(plan.jobs)
-        interval = context.config.stream_interval
-        with context.admit(len(plan.jobs)):
-            tokenizer = context.text.tokenizer
-            streams = [generate_text(context.engine, tokenizer, job, stream_interval=interval) for job in plan.jobs]
-            num_running = len(streams)
-            async with aclosing(side_by_side(streams)) as deltas:
-                async for index, delta in deltas:
-                    event = encoder.role(index) if plan.chat and not num_tokens[index] else b""
-                    num_tokens[index], num_cached[index] = delta.num_tokens, delta.num_cached_tokens
-                    if delta.finish_reason is not None:
-                        event += encoder.last(index, delta.text, delta.finish_reason, delta.stop_reason)
-                        num_running -= 1
-                    elif delta.text:
-                        event += encoder.text(index, delta.text)
-                    if not num_running:
-                        if include_usage:
-                            event += encoder.usage(plan.usage(num_tokens, num_cached))
-                        event += DONE
-                    if event:
-                        yield event
 
-
-def _end(index: int, completion: Completion) -> dict[str, Any]:
-    """What the choices of both endpoints share."""
-    return {"index": index, "finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+    def event(self, index: int, delta: Delta) -> bytes:
+        """What there is to send of job ``index``; maybe nothing. Behind the last of all jobs comes [DONE]."""
+        encoder, event = self._encoder, b""
+        if self._is_new[index]:
+            self._is_new[index] = False
+            if self.plan.chat:
+                event = encoder.role(index)
+        self.num_tokens[index], self.num_cached[index] = delta.num_tokens, delta.num_cached_tokens
+        if delta.finish_reason is None:
+            return event + encoder.text(index, delta.text) if delta.text else event
+        event += encoder.last(index, delta.text, delta.finish_reason, delta.stop_reason)
+        self.num_running -= 1
+        if not self.num_running:
+            if self.include_usage:
+                event += encoder.usage(self.plan.usage(self.num_tokens, self.num_cached))
+            event += DONE
+        return event

@@ -150,13 +150,14 @@ class SamplingFields(Body):
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None) -> SamplingParams:
         """As SamplingParams; ``defaults`` fill what is absent. Raises SamplingParamsError."""
-        given = {name: getattr(self, name) for name in _SAMPLING_NAMES if getattr(self, name) is not None}
+        names = self.model_fields_set & _SAMPLING_NAMES
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if given.get("n", 1) > MAX_N:
             raise SamplingParamsError(f"n must be at most {MAX_N}, got {given['n']}.", param="n")
         return SamplingParams(**{**defaults, **given, "max_tokens": max_tokens})
 
 
-_SAMPLING_NAMES = tuple(name for name in SamplingParams.__struct_fields__ if name in SamplingFields.model_fields)
+_SAMPLING_NAMES = frozenset(SamplingParams.__struct_fields__) & SamplingFields.model_fields.keys() - {"max_tokens"}
 
 
 class StreamOptions(Body):
@@ -176,6 +177,9 @@ class GenerationRequest(SamplingFields):
     safety_identifier: str | None = Field(None, description="As user; has no effect.")
     cache_salt: str | None = Field(None, description="Cached prompt prefixes are shared within one salt only.")
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower runs earlier (priority scheduling).")
+    deadline_ms: int | None = Field(
+        None, ge=1, description="Milliseconds after which the request ends with an error if it has not finished (ours)."
+    )
     add_special_tokens: bool | None = None
 
     response_format: Annotated[Any, Neutral(({"type": "text"},))] = None
@@ -185,6 +189,10 @@ class GenerationRequest(SamplingFields):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def prompt_for_logs(self) -> Any:
+        """What the access log shows where prompts are logged."""
+        raise NotImplementedError
 
 
 class CompletionRequest(GenerationRequest):
@@ -206,6 +214,9 @@ class CompletionRequest(GenerationRequest):
         """Raises SamplingParamsError."""
         return self.sampling(defaults, self.max_tokens)
 
+    def prompt_for_logs(self) -> Any:
+        return self.prompt
+
 
 class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -222,6 +233,14 @@ class ChatMessage(Body):
     refusal: Unsupported = None
     annotations: Nothing = None
     audio: Unsupported = None
+
+    def for_template(self) -> dict[str, Any]:
+        """What a chat template sees of it: the fields that were given, other than null."""
+        names = self.model_fields_set
+        return {name: value for name in _MESSAGE_NAMES if name in names and (value := getattr(self, name)) is not None}
+
+
+_MESSAGE_NAMES = tuple(ChatMessage.model_fields)
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -268,6 +287,9 @@ class ChatCompletionRequest(GenerationRequest):
                 f"max_completion_tokens must be at least 1, got {new}.", param="max_completion_tokens"
             )
         return self.sampling(defaults, old if new is None else new)
+
+    def prompt_for_logs(self) -> Any:
+        return [message.for_template() for message in self.messages]
 
 
 class PromptTokensDetails(BaseModel):
