@@ -122,10 +122,10 @@ class ServiceConfig(_Settings):
     served_model_name: str | None = None
     """Name in /v1/models and in requests; None: the engine's model name."""
     stream_interval: int | None = Field(None, ge=1)
-    """Tokens joined in one chunk of a stream (the first and the last are never held back). None: one, and more while
-    the worker is busy (up to max_stream_interval). What comes while a client reads slowly is joined in any case."""
-    max_stream_interval: int = Field(8, ge=1)
-    """Tokens joined in one chunk at most when stream_interval is None and the worker is busy."""
+    """Tokens joined in one chunk of a stream (the first and the last are never held back). None: one, and while the
+    worker is busy those of a moment (max_stream_delay_ms). What comes while a client reads slowly is joined anyway."""
+    max_stream_delay_ms: float = Field(40.0, ge=0)
+    """Longest moment whose tokens are joined in one chunk when stream_interval is None and the worker is busy."""
     engine_module: str = "nanovllm_bento.engine.worker"
     """Python module that is run as the engine's process; nanovllm_bento.bench.fake_engine answers without a model."""
     engine_start_timeout: float = Field(600.0, gt=0)
@@ -138,8 +138,7 @@ class ServiceConfig(_Settings):
     engine_max_resumes: int = Field(2, ge=0)
     """Restarts of the engine through which one request goes on; at the next it ends with an error."""
     shutdown_grace_seconds: float = Field(20.0, ge=0)
-    """After SIGTERM: time for running requests to finish before they end with an error. ``bentoml serve`` kills its
-    workers 30 seconds after it, so keep this a few seconds below."""
+    """After SIGTERM: time for running requests to finish before they end with an error."""
     bentoml_instruments: bool = False
     """BentoML's own tracing, access log and metrics, on the routes of the OpenAI API too. They cost about 0.5 ms a
     request and 25 µs a chunk."""

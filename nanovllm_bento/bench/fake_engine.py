@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import select
-import shutil
 import signal
 import sys
 import threading
@@ -18,7 +17,6 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 import zmq
@@ -43,7 +41,7 @@ from nanovllm_bento.engine.messages import (
     to_engine_decoder,
     unpack_tokens,
 )
-from nanovllm_bento.engine.processes import open_pidfd, start_time
+from nanovllm_bento.engine.processes import on_sigterm, open_pidfd, remove_folder, start_time
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import InvalidRequestError, ModelNotFoundError, NanoVLLMError
 from nanovllm_bento.sampling_params import SamplingParams
@@ -292,7 +290,7 @@ def _end_with_owner(owner_pid: int, folder: Path) -> None:
     pidfd = open_pidfd(owner_pid)
     if pidfd is not None:
         select.select([pidfd], [], [])
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     os._exit(0)
 
 
@@ -301,6 +299,14 @@ def main() -> None:
     args = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineArgs)
     log_format.set_up(args.log_format, "fake engine", level=args.log_level)
     folder = Path(args.folder)
+    server: FakeServer | None = None
+
+    def drain() -> None:
+        if server is None:
+            os._exit(0)
+        server.draining = True
+
+    on_sigterm(args.owner_pid, drain)
     threading.Thread(target=_end_with_owner, args=(args.owner_pid, folder), daemon=True).start()
     (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
@@ -317,10 +323,6 @@ def main() -> None:
     time.sleep(behaviour.start_seconds)
     server = FakeServer(engine, socket, args.epoch, args.heartbeat_interval)
 
-    def drain(signum: int, frame: FrameType | None) -> None:
-        server.draining = True
-
-    signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logger.info("ready: %s", behaviour)
     server.run()

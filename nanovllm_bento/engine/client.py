@@ -1,5 +1,6 @@
 """How callers reach an engine from asyncio: the EngineClient protocol. serving depends on this alone."""
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -11,13 +12,19 @@ from nanovllm_bento.sampling_params import SamplingParams
 class Pace:
     """How many new tokens are joined before the reader of a request is woken; may change while requests run.
 
-    Tokens that come while a reader is busy are joined anyway. The first and the last are never held back.
+    At least ``tokens``, and all that come within ``seconds`` of the last time. Tokens that come while a reader is busy
+    are joined anyway. The first and the last are never held back.
     """
 
-    __slots__ = ("tokens",)
+    __slots__ = ("seconds", "tokens")
 
-    def __init__(self, tokens: int = 1) -> None:
+    def __init__(self, tokens: int = 1, seconds: float = 0.0) -> None:
         self.tokens = tokens
+        self.seconds = seconds
+
+    def is_due(self, num_tokens: int, last: float) -> bool:
+        """Whether ``num_tokens`` are to be held back no longer; last: time.monotonic() of the last time."""
+        return num_tokens >= self.tokens and (not self.seconds or time.monotonic() - last >= self.seconds)
 
 
 EVERY_STEP = Pace(1)

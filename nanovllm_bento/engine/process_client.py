@@ -16,10 +16,10 @@ import sys
 import time
 import uuid
 from array import array
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import zmq
@@ -73,7 +73,8 @@ class _OpenRequest:
     num_resumes: int = 0
     unread: OutputItem | None = None
     failure: Exception | None = None
-    was_read: bool = False
+    read_at: float | None = None
+    """time.monotonic() when something was taken last."""
     waiter: asyncio.Future[None] | None = None
 
     @property
@@ -83,8 +84,8 @@ class _OpenRequest:
         if item is None:
             return self.failure is not None
         return (
-            not self.was_read
-            or len(item.new_token_ids) >= self.pace.tokens
+            self.read_at is None
+            or self.pace.is_due(len(item.new_token_ids), self.read_at)
             or item.finish_reason is not None
             or self.failure is not None
         )
@@ -249,7 +250,7 @@ class ProcessEngineClient:
                 if item is None:
                     assert request.failure is not None
                     raise request.failure
-                request.was_read = True
+                request.read_at = time.monotonic()
                 finished = item.finish_reason is not None
                 if item.finish_reason == "error":
                     if item.new_token_ids:  # what was joined before it
@@ -268,6 +269,7 @@ class ProcessEngineClient:
         while True:
             self._connect()
             while not self._ready.is_set():
+                self._learn_failure()
                 self._send(Hello(os.getpid()))
                 try:
                     await asyncio.wait_for(self._ready.wait(), _HELLO_INTERVAL)
@@ -303,11 +305,8 @@ class ProcessEngineClient:
     def _receive(self) -> None:
         self._receive_is_due = False
         requests = self._requests
-        while self._socket is not None:
-            try:
-                payload = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while self._socket is not None and _has_message(self._socket):
+            payload = self._socket.recv(zmq.NOBLOCK)
             message = to_worker_decoder.decode(payload)
             if message.epoch < self._epoch:
                 continue
@@ -369,7 +368,8 @@ class ProcessEngineClient:
                     break
                 except BlockingIOError:
                     await asyncio.sleep(_LOCK_INTERVAL)
-            await self._keep_alive()
+            if not self._learn_failure():  # of the supervisor before this one
+                await self._keep_alive()
             await asyncio.Event().wait()  # it cannot start: keep the lock, or the next worker would try again
         except asyncio.CancelledError:
             raise
@@ -380,16 +380,15 @@ class ProcessEngineClient:
             os.close(lock)
 
     async def _keep_alive(self) -> None:
-        starts: deque[float] = deque()
         while True:
             process = None
             pid = _running_engine(self._folder)
             if pid is None:
-                starts.append(time.monotonic())
-                while starts[0] < starts[-1] - _RESTART_WINDOW:
-                    starts.popleft()
-                if len(starts) > 1 + self.service_config.engine_max_restarts:
-                    return self._fail(f"The engine ended {len(starts) - 1} times in {_RESTART_WINDOW:.0f} seconds.")
+                if start_time(self.owner_pid) is None:
+                    return  # the service is over, and this worker about to end
+                num_starts = _num_starts(self._folder)
+                if num_starts > self.service_config.engine_max_restarts:
+                    return self._fail(f"The engine ended {num_starts} times in {_RESTART_WINDOW:.0f} seconds.")
                 process = _spawn_engine(self._folder, self.engine_config, self.service_config, self.owner_pid)
                 pid = process.pid
             self._engine_pid = pid
@@ -428,10 +427,31 @@ class ProcessEngineClient:
     def _fail(self, why: str) -> None:
         """No engine will come: end what is open and stay not ready."""
         self.failure = why
+        (self._folder / "failure").write_text(why)
         logger.error("%s", why)
         for request in self._requests.values():
             request.fail(EngineDeadError(why))
         self._requests.clear()
+
+    def _learn_failure(self) -> bool:
+        """Whether no engine will come, as the worker that supervised it has found."""
+        if self.failure is None and (told := self._folder / "failure").exists():
+            self._fail(told.read_text())
+        return self.failure is not None
+
+
+def _has_message(socket: zmq.Socket[bytes]) -> bool:
+    """At a third of the cost of a recv that raises Again."""
+    return bool(cast(int, socket.get(zmq.EVENTS)) & zmq.POLLIN)
+
+
+def _num_starts(folder: Path) -> int:
+    """How often this service's engine was started lately, by whichever process."""
+    try:
+        starts = (folder / "starts").read_text().split()
+    except FileNotFoundError:
+        return 0
+    return sum(float(start) > time.monotonic() - _RESTART_WINDOW for start in starts)
 
 
 def _error_of(item: OutputItem) -> Exception:
@@ -478,6 +498,8 @@ def _spawn_engine(
     if not seed_file.exists():
         seed_file.write_text(str(secrets.randbits(64)))
     (folder / "engine.error").unlink(missing_ok=True)
+    with (folder / "starts").open("a") as starts:
+        starts.write(f"{time.monotonic()}\n")
     args = EngineArgs(
         config=engine_config.model_dump(),
         folder=str(folder),

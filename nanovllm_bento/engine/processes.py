@@ -2,8 +2,12 @@
 
 import os
 import shutil
+import signal
 import stat
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from nanovllm_bento.errors import ConfigError
@@ -26,6 +30,32 @@ def open_pidfd(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return None
+
+
+def on_sigterm(owner_pid: int, act: Callable[[], None]) -> None:
+    """Have a thread call ``act`` at every SIGTERM but one: ``bentoml serve`` (the owner), when it ends, signals what
+    its workers have started. An engine that one of them has started ends with the owner in any case, and not before.
+
+    To be called before there are other threads: each of them leaves the signal to this one.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while True:
+            info = signal.sigwaitinfo({signal.SIGTERM})
+            if info.si_pid != owner_pid or os.getppid() == owner_pid:
+                act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove it, also while processes that are about to end still put files there; gives up after two seconds."""
+    for _ in range(40):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def ipc_folder(owner_pid: int, configured: str | None = None) -> Path:

@@ -11,14 +11,12 @@ import gc
 import logging
 import os
 import select
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import defaultdict
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 import zmq
@@ -41,7 +39,7 @@ from nanovllm_bento.engine.messages import (
     encoder,
     to_engine_decoder,
 )
-from nanovllm_bento.engine.processes import open_pidfd, start_time
+from nanovllm_bento.engine.processes import on_sigterm, open_pidfd, remove_folder, start_time
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.errors import InvalidRequestError, NanoVLLMError
 
@@ -159,7 +157,7 @@ def _end_with_owner(owner_pid: int, folder: Path) -> None:
     pidfd = open_pidfd(owner_pid)
     if pidfd is not None:
         select.select([pidfd], [], [])
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder)
     os._exit(0)
 
 
@@ -168,6 +166,14 @@ def main() -> None:
     args = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineArgs)
     log_format.set_up(args.log_format, "engine", level=args.log_level)
     folder = Path(args.folder)
+    server: EngineServer | None = None
+
+    def drain() -> None:
+        if server is None:  # it still loads
+            os._exit(0)
+        server.drain(args.drain_timeout if server.drain_until is None else 0.0)  # the second signal: at once
+
+    on_sigterm(args.owner_pid, drain)
     threading.Thread(target=_end_with_owner, args=(args.owner_pid, folder), daemon=True).start()
     (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
 
@@ -185,10 +191,6 @@ def main() -> None:
     core.info.startup_seconds["total_engine"] = time.perf_counter() - started
     server = EngineServer(core, socket, args.epoch, args.heartbeat_interval)
 
-    def drain(signum: int, frame: FrameType | None) -> None:
-        server.drain(args.drain_timeout if server.drain_until is None else 0.0)  # the second signal: at once
-
-    signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service, which drains and then ends us
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in core.info.startup_seconds.items())
     logger.info("ready on %s in %s: %s", core.info.device, core.info.dtype, phases)

@@ -91,7 +91,7 @@ def create_app(context: ServingContext, endpoints: OpenAIEndpoints | None = None
     async def models() -> ModelList:
         return ModelList(data=[endpoints.model_card()])
 
-    @app.get("/v1/models/{name:path}", summary="One model by its name", responses={404: _ERRORS[404]})
+    @app.get("/v1/models/{name:path}", summary="One model by its name", responses={s: _ERRORS[s] for s in (400, 404)})
     async def model(name: str) -> ModelCard:
         return endpoints.model_card(name)
 

@@ -88,7 +88,7 @@ class ServingContext:
         self.metrics = Metrics(service_config, self.model_name, engine_config=engine_config)
         self.access_log = AccessLog.create(service_config)
         self.tracing: Tracing | None = None
-        self.pace = pace_of(service_config.stream_interval, service_config.max_stream_interval)
+        self.pace = pace_of(service_config.stream_interval, service_config.max_stream_delay_ms)
         self._failure: str | None = None
         self._text = text
         self._tasks: list[asyncio.Task[None]] = []

@@ -108,7 +108,7 @@ async def generate_text(
 ) -> AsyncGenerator[Delta, None]:
     """Yield the text of one job as it grows; the last delta has a finish_reason.
 
-    At least ``pace.tokens`` tokens are joined in a delta, but the first and the last are never held back. Closing the
+    Tokens are joined in a delta as ``pace`` says, but the first and the last are never held back. Closing the
     generator aborts the job. Raises EngineNotReadyError, or EngineError when the engine could not finish it.
     """
     sampling = job.sampling
@@ -125,6 +125,7 @@ async def generate_text(
     token_ids: list[int] = []  # since the last delta
     unread: list[int] = []  # not yet detokenized
     num_tokens = num_deltas = 0
+    sent_at = 0.0
     stream = engine.generate(
         job.request_id,
         job.prompt_token_ids,
@@ -150,6 +151,8 @@ async def generate_text(
                 # The token that ended a sequence (end of sequence, stop token) counts but is no text.
                 unread += new[:-1] if reason == "stop" else new
                 due = reason is not None or not num_deltas or len(token_ids) >= pace.tokens
+                if must_look and due and reason is None and num_deltas:
+                    due = pace.is_due(len(token_ids), sent_at)  # else the client has seen to that
                 if due or must_look:
                     text += detokenizer.push(unread)
                     unread = []
@@ -163,7 +166,7 @@ async def generate_text(
                     yield Delta(text, token_ids, num_tokens, item.num_cached_tokens, reason, item.stop_reason)
                     return
                 if due:
-                    num_deltas += 1
+                    num_deltas, sent_at = num_deltas + 1, time.monotonic()
                     yield Delta(text, token_ids, num_tokens, item.num_cached_tokens)
                     text, token_ids = "", []
             else:

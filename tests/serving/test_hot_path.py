@@ -26,7 +26,7 @@ from nanovllm_bento.serving.front import Front
 from nanovllm_bento.serving.middleware import middlewares
 from nanovllm_bento.serving.openai.endpoints import OpenAIEndpoints
 from nanovllm_bento.serving.openai.protocol import ChatCompletion, TextCompletion
-from nanovllm_bento.serving.pacing import INTERVAL, AdaptivePace
+from nanovllm_bento.serving.pacing import INTERVAL, SHORTEST, AdaptivePace
 from tests.serving.fakes import FakeEngine, Visit, events
 
 CHAT = "/v1/chat/completions"
@@ -229,13 +229,13 @@ async def test_a_reader_is_woken_for_the_first_token_then_for_as_many_as_the_pac
         request.put(new)
         if request.waiter is None:
             woken.append(index)
-            request.unread, request.was_read = None, True
+            request.unread, request.read_at = None, time.monotonic()
     assert woken == [0, 4, 5]
 
 
 async def test_a_failure_comes_after_what_came_before_it() -> None:
     request = open_request(8)
-    request.was_read = True
+    request.read_at = time.monotonic()
     request.put(item(1))
     assert not request.is_due
     request.fail(RuntimeError())
@@ -273,16 +273,34 @@ async def test_while_a_client_does_not_read_nothing_is_encoded_for_it(context: S
 
 
 def test_the_pace_slows_when_the_worker_is_busy_or_late_and_recovers() -> None:
-    pace = AdaptivePace(8)
+    pace = AdaptivePace(0.04)
     pace.adapt(INTERVAL, 0.5 * INTERVAL)
-    assert pace.tokens == 1
+    assert pace.seconds == 0
+    pace.adapt(INTERVAL, 0.95 * INTERVAL)
+    assert pace.seconds == SHORTEST
     for _ in range(5):
         pace.adapt(INTERVAL, 0.95 * INTERVAL)
-    assert pace.tokens == 8
+    assert pace.seconds == 0.04
     pace.adapt(INTERVAL, 0.5 * INTERVAL)
-    assert pace.tokens == 8, "half busy at eight: at four it would be fully so"
-    for _ in range(5):
+    assert pace.seconds == 0.04, "half busy: with half the moment it would be fully so"
+    for _ in range(6):
         pace.adapt(INTERVAL, 0.1 * INTERVAL)
-    assert pace.tokens == 1
+    assert pace.seconds == 0
     pace.adapt(3 * INTERVAL, 0.1 * INTERVAL)
-    assert pace.tokens == 2, "late: others have the processor"
+    assert pace.seconds == SHORTEST, "late: others have the processor"
+
+
+def test_tokens_of_a_moment_are_joined_and_slower_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for interval, sizes in ((0.05, [1] * 6), (0.01, [1, 4])):
+        request = _OpenRequest(Add("a", b"", SamplingParams(seed=0)), Pace(seconds=0.04))
+        found = []
+        for _ in range(6):
+            request.put(item(1))
+            if request.is_due:
+                assert request.unread is not None
+                found.append(len(request.unread.new_token_ids))
+                request.unread, request.read_at = None, now[0]
+            now[0] += interval
+        assert found == sizes

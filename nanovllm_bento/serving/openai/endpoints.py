@@ -144,6 +144,7 @@ class OpenAIEndpoints:
         except ClientDisconnectedError:
             if not events.started:
                 exchange.status = CLIENT_LEFT
+                await send_whole(send, CLIENT_LEFT, headers, b"")  # nobody reads it, but layers around may wait for it
         except asyncio.CancelledError:
             exchange.status = CLIENT_LEFT
             raise

@@ -1,0 +1,205 @@
+"""More clients than fit, clients that leave in masses, clients that do not read, and a service that ends under load."""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from nanovllm_bento.bench.fake_engine import TEXT
+from tests.e2e.observer import Observer
+from tests.e2e.server import Server, serve, wait_ended
+from tests.e2e.streams import Stream, until
+from tests.e2e.test_faults import FAKE
+from tests.e2e.tiny import SETTINGS
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+MAX_OPEN = 48
+MAX_NUM_SEQS = 8
+LONG = {"prompt": "Once upon a time", "max_tokens": 3000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: str) -> Iterator[Server]:
+    """A service with little room, so that some requests run, some wait and the rest is refused."""
+    settings = SETTINGS | {"max_waiting_requests": MAX_OPEN, "max_num_seqs": MAX_NUM_SEQS}
+    with serve(tiny_model, **settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def observer(server: Server) -> Iterator[Observer]:
+    with Observer(server) as observer:
+        yield observer
+
+
+GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: Server, observer: Observer) -> Iterator[None]:
+    """After each test nothing runs or waits and no block is in use, as the engine says and as /metrics says."""
+    yield
+    observer.until_idle()
+    asyncio.run(until(lambda: gauges(server) == dict.fromkeys(GAUGES, 0.0), "the gauges are zero"))
+
+
+def gauges(server: Server) -> dict[str, float]:
+    lines = httpx.get(server.url + "/metrics").text.splitlines()
+    samples = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+    names = {name: f"nanovllm:{name}" for name in GAUGES}
+    return {
+        name: sum(float(value) for sample, _, value in samples if sample.partition("{")[0] == full)
+        for name, full in names.items()
+        if any(sample.partition("{")[0] == full for sample, _, _ in samples)
+    }
+
+
+async def test_a_flood_is_served_or_refused(server: Server, observer: Observer) -> None:
+    before = await asyncio.to_thread(observer.until_idle)
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+
+        async def ask(i: int) -> httpx.Response:
+            body = {"prompt": f"Request {i}", "max_tokens": 20, "ignore_eos": True, "stream": i % 2 == 0}
+            return await client.post("/v1/completions", json=body)
+
+        answers = await asyncio.gather(*(ask(i) for i in range(6 * MAX_OPEN)))
+    counts = Counter(answer.status_code for answer in answers)
+    assert set(counts) == {200, 429} and counts[200] >= MAX_OPEN, counts
+    for answer in answers:
+        if answer.status_code == 429:
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+        elif answer.headers["content-type"].startswith("text/event-stream"):
+            *chunks, end = answer.text.strip().split("\n\n")
+            assert end == "data: [DONE]"
+            assert json.loads(chunks[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        else:
+            assert answer.json()["usage"]["completion_tokens"] == 20
+    after = await asyncio.to_thread(observer.until_idle)
+    assert after.generation_tokens - before.generation_tokens == 20 * counts[200], "nothing refused was worked on"
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:  # and then there is room again
+        assert (await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("num_clients", "n"), [(32, 1), (10, 4)])
+async def test_leaving_clients_free_what_they_held(
+    server: Server, observer: Observer, stream: bool, num_clients: int, n: int
+) -> None:
+    """Some run and some have not had their first token: max_num_seqs is far below the number of requests."""
+    before = await asyncio.to_thread(observer.until_idle)
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        requests = [asyncio.create_task(_read(client, {**LONG, "n": n, "stream": stream})) for _ in range(num_clients)]
+        await asyncio.to_thread(
+            observer.until,
+            lambda s: (
+                (s.num_requests_running, s.num_requests_waiting) == (MAX_NUM_SEQS, num_clients * n - MAX_NUM_SEQS)
+            ),
+            "some run, the others wait",
+        )
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+    after = await asyncio.to_thread(observer.until_idle)
+    assert after.generation_tokens - before.generation_tokens < LONG["max_tokens"] * num_clients * n / 4
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:  # nothing is counted as open any more
+        answers = await asyncio.gather(
+            *(client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}) for _ in range(MAX_OPEN))
+        )
+    assert {answer.status_code for answer in answers} == {200}
+
+
+async def _read(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async for _ in answer.aiter_bytes():
+            pass
+
+
+SLOW_READERS = 16
+SLOW_TOKENS = 100_000
+
+
+async def test_slow_readers_cost_little_memory_and_nobody_elses_time(tiny_model: str) -> None:
+    """What 16 clients do not read would be 300 MB as events; as token ids it is a few."""
+    settings = FAKE | {"fake_tokens_per_step": 16, "fake_tokens_per_second": 40_000, "max_model_len": 2 * SLOW_TOKENS}
+    settings |= {"num_gpu_blocks_override": 1 << 20}
+    with serve(tiny_model, **settings) as server, Observer(server) as observer, contextlib.ExitStack() as stack:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            assert (await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 100})).status_code == 200
+            (worker,) = server.worker_pids
+            before = psutil.Process(worker).memory_info().rss
+            body = {"prompt": "a", "max_tokens": SLOW_TOKENS, "ignore_eos": True, "stream": True}
+            slow = [stack.enter_context(_send_and_do_not_read(server, body)) for _ in range(SLOW_READERS)]
+            other = Stream({"prompt": "b", "max_tokens": 1000, "ignore_eos": True})
+            await other.run(server.url)
+            assert other.done and len(other.text) == 1000
+            all_made = SLOW_READERS * SLOW_TOKENS
+            await asyncio.to_thread(observer.until, lambda s: s.generation_tokens >= all_made, "all is generated")
+            grown = psutil.Process(worker).memory_info().rss - before
+            assert grown < 100 * 2**20, f"{grown / 2**20:.0f} MiB for {SLOW_READERS} clients that do not read"
+            answer = await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 5})
+            assert answer.status_code == 200
+            text = await asyncio.to_thread(_read_text, slow[0])
+            assert len(text) == SLOW_TOKENS and text in TEXT * (SLOW_TOKENS // len(TEXT) + 2), "late, but whole"
+        stack.close()  # the others leave
+        await asyncio.to_thread(observer.until_idle)
+        await until(lambda: len(psutil.Process(worker).net_connections("tcp")) <= 1, "their connections are closed")
+
+
+@contextlib.contextmanager
+def _send_and_do_not_read(server: Server, body: dict[str, Any]) -> Iterator[socket.socket]:
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        yield connection
+
+
+def _read_text(connection: socket.socket) -> str:
+    """The whole text of a stream."""
+    connection.settimeout(60)
+    with connection.makefile("rb") as lines:
+        events = [line.removeprefix(b"data: ") for line in lines if line.startswith(b"data: {")]
+    return "".join(choice["text"] for event in events for choice in json.loads(event)["choices"])
+
+
+async def test_a_service_ends_under_load_without_a_broken_answer(tiny_model: str) -> None:
+    """Whatever was let in is answered whole; whatever was not gets 503 or no connection. Nothing is left."""
+    settings = FAKE | {"fake_tokens_per_second": 100, "shutdown_grace_seconds": 20, "workers": 2}
+    with serve(tiny_model, **settings) as server:
+        server.note_shared_memory()
+        processes = server.processes()
+        streams: list[Stream] = []
+        stop = asyncio.Event()
+
+        async def client() -> None:
+            while not stop.is_set():
+                streams.append(Stream({"prompt": "a", "max_tokens": 50, "ignore_eos": True}))
+                await streams[-1].run(server.url)
+                if streams[-1].broken and streams[-1].status is None:
+                    return
+
+        clients = asyncio.gather(*(client() for _ in range(16)))
+        await until(lambda: sum(stream.done for stream in streams) >= 32, "the load is on")
+        server.process.terminate()
+        assert await asyncio.to_thread(server.process.wait, 60) == 0
+        stop.set()
+        await asyncio.wait_for(clients, 60)
+        for stream in streams:
+            if stream.status == 200:
+                assert stream.done and len(stream.text) == 50 and stream.error is None, stream
+            else:
+                assert stream.status in (503, None), stream
+        assert await asyncio.to_thread(wait_ended, processes) == []
+        assert server.leftovers() == []
