@@ -73,8 +73,10 @@ class _OpenRequest:
     num_resumes: int = 0
     unread: OutputItem | None = None
     failure: Exception | None = None
-    read_at: float | None = None
-    """time.monotonic() when something was taken last."""
+    was_read: bool = False
+    put_at: float = 0.0
+    """time.monotonic() when the newest of what was taken last had come."""
+    newest_at: float = 0.0
     waiter: asyncio.Future[None] | None = None
 
     @property
@@ -84,13 +86,20 @@ class _OpenRequest:
         if item is None:
             return self.failure is not None
         return (
-            self.read_at is None
-            or self.pace.is_due(len(item.new_token_ids), self.read_at)
+            not self.was_read
+            or self.pace.is_due(len(item.new_token_ids), self.put_at)
             or item.finish_reason is not None
             or self.failure is not None
         )
 
+    def take(self) -> OutputItem | None:
+        item, self.unread = self.unread, None
+        self.was_read, self.put_at = True, self.newest_at
+        return item
+
     def put(self, item: OutputItem) -> None:
+        if self.pace.seconds:
+            self.newest_at = time.monotonic()
         self.token_ids.extend(item.new_token_ids)
         self.unread = item if self.unread is None else _joined(self.unread, item)
         if self.waiter is not None:
@@ -246,11 +255,10 @@ class ProcessEngineClient:
                 if not request.is_due:
                     request.waiter = loop.create_future()
                     await request.waiter
-                item, request.unread = request.unread, None
+                item = request.take()
                 if item is None:
                     assert request.failure is not None
                     raise request.failure
-                request.read_at = time.monotonic()
                 finished = item.finish_reason is not None
                 if item.finish_reason == "error":
                     if item.new_token_ids:  # what was joined before it
