@@ -9,10 +9,8 @@ tokens after a restart and mixed-up streams are seen.
 import itertools
 import logging
 import os
-import select
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ from nanovllm_bento.engine.messages import (
     to_engine_decoder,
     unpack_tokens,
 )
-from nanovllm_bento.engine.processes import on_sigterm, open_pidfd, remove_folder, start_time
+from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, open_pidfd, start_time
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import InvalidRequestError, ModelNotFoundError, NanoVLLMError
 from nanovllm_bento.sampling_params import SamplingParams
@@ -285,15 +283,6 @@ class FakeServer:
         self.socket.send_multipart([client, encoder.encode(message)])
 
 
-def _end_with_owner(owner_pid: int, folder: Path) -> None:
-    """As engine/worker.py's, which cannot be imported without torch."""
-    pidfd = open_pidfd(owner_pid)
-    if pidfd is not None:
-        select.select([pidfd], [], [])
-    remove_folder(folder)
-    os._exit(0)
-
-
 def main() -> None:
     """Entry point of the process; exit codes as engine/worker.py's."""
     args = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineArgs)
@@ -307,7 +296,7 @@ def main() -> None:
         server.draining = True
 
     on_sigterm(args.owner_pid, drain)
-    threading.Thread(target=_end_with_owner, args=(args.owner_pid, folder), daemon=True).start()
+    end_with_owner(args.owner_pid, folder)
     (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
     socket.linger = 1000  # ms

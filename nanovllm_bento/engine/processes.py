@@ -1,6 +1,7 @@
 """Small facts about processes: who is alive, and a folder for sockets that belongs to exactly one service."""
 
 import os
+import select
 import shutil
 import signal
 import stat
@@ -45,6 +46,19 @@ def on_sigterm(owner_pid: int, act: Callable[[], None]) -> None:
             info = signal.sigwaitinfo({signal.SIGTERM})
             if info.si_pid != owner_pid or os.getppid() == owner_pid:
                 act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end_with_owner(owner_pid: int, folder: Path) -> None:
+    """Have a thread remove ``folder`` and end this process when the owner ends, also while a step hangs."""
+
+    def wait() -> None:
+        pidfd = open_pidfd(owner_pid)
+        if pidfd is not None:
+            select.select([pidfd], [], [])
+        remove_folder(folder)
+        os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -10,10 +10,8 @@ No message can end the engine: what cannot be decoded is dropped, what cannot be
 import gc
 import logging
 import os
-import select
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -39,7 +37,7 @@ from nanovllm_bento.engine.messages import (
     encoder,
     to_engine_decoder,
 )
-from nanovllm_bento.engine.processes import on_sigterm, open_pidfd, remove_folder, start_time
+from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, open_pidfd, start_time
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.errors import InvalidRequestError, NanoVLLMError
 
@@ -152,15 +150,6 @@ class EngineServer:
         self.socket.send_multipart([client, encoder.encode(message)])
 
 
-def _end_with_owner(owner_pid: int, folder: Path) -> None:
-    """From a thread, so that it holds while the model loads or a step hangs: end when the service's process ends."""
-    pidfd = open_pidfd(owner_pid)
-    if pidfd is not None:
-        select.select([pidfd], [], [])
-    remove_folder(folder)
-    os._exit(0)
-
-
 def main() -> None:
     """Entry point of the process. Exit code 0: drained or owner gone; 2: cannot start as configured; 1: a fault."""
     args = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineArgs)
@@ -174,7 +163,7 @@ def main() -> None:
         server.drain(args.drain_timeout if server.drain_until is None else 0.0)  # the second signal: at once
 
     on_sigterm(args.owner_pid, drain)
-    threading.Thread(target=_end_with_owner, args=(args.owner_pid, folder), daemon=True).start()
+    end_with_owner(args.owner_pid, folder)
     (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
 
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)

@@ -93,13 +93,14 @@ class WorkerCounters:
     def living(self) -> list[float]:
         """The sums over the workers that run: what gauges mean."""
         files = self._files()
-        return self._layout.sum(filter(_is_locked, files)) if files else list(self.values)
+        return self._layout.sum(filter(is_locked, files)) if files else list(self.values)
 
     def _files(self) -> list[Path]:
         return [] if self._folder is None else list(self._folder.glob("worker*.metrics"))
 
 
-def _is_locked(file: Path) -> bool:
+def is_locked(file: Path) -> bool:
+    """Whether a process holds the lock of ``file``; the kernel takes it from one that ends, however it does."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from nanovllm_bento.errors import ConfigError
+from nanovllm_bento.serving.counters import is_locked
 from nanovllm_bento.serving.errors import OverloadedError
 
 MAX_WORKERS = 64
@@ -151,20 +152,8 @@ class Ledger:
         raise ConfigError(f"at most {MAX_WORKERS} workers can share limits.")
 
     def _is_alive(self, column: int) -> bool:
-        """Whether the worker of a column holds its lock, which the kernel takes from a process that ends."""
-        if self._folder is None or column == self._column:
-            return True
-        try:
-            file = os.open(self._folder / f"limits.{column}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(file)
-        return False
+        """Whether the worker of a column still runs."""
+        return self._folder is None or column == self._column or is_locked(self._folder / f"limits.{column}")
 
 
 def _open(path: Path) -> int:
