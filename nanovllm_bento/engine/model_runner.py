@@ -1,13 +1,12 @@
 """Runs a batch on the device: stages its inputs, calls the model, samples, and hands back tokens that may come later.
 
 Per-slot state stays on the device between steps: the last token of each slot, its block table and its sampling
-parameters. So a decode step on a GPU is one small copy (a slot, a position and a block per row) and a CUDA graph; steps
-with prompt tokens, and all steps on a CPU, run eagerly. ``launch`` never waits for the device; ``InFlight.wait`` does,
-for one event.
+parameters. So a decode step on a GPU is one small copy (a slot, a position and a block per row) and a CUDA graph; a
+step of prompts names its tokens, and is a graph too once its size has been seen; all else, and everything on a CPU,
+runs eagerly. ``launch`` never waits for the device; ``InFlight.wait`` does, for one event.
 """
 
 import time
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine import kv_cache
-from nanovllm_bento.engine.cuda_graphs import DecodeGraph, DecodeGraphs
+from nanovllm_bento.engine.cuda_graphs import DecodeGraphs, GraphPool, PromptGraphs, PromptShape
 from nanovllm_bento.engine.kv_scales import set_kv_scales
+from nanovllm_bento.engine.prompt_buffers import PromptBuffers, put
 from nanovllm_bento.engine.scheduler import Batch
+from nanovllm_bento.engine.step_inputs import DecodeStep, StepBuilder, TokenStep
 from nanovllm_bento.errors import ConfigError, DeviceMemoryError
 from nanovllm_bento.hub import ModelFiles
 from nanovllm_bento.kernels.attention import select_backend
@@ -123,38 +124,55 @@ class ModelRunner:
         started = self._phase("kv_cache", started)
 
         max_blocks = -(-self.max_model_len // config.block_size)
-        self.block_tables = np.zeros((config.max_num_seqs, max_blocks), np.int32)
+        self.builder = StepBuilder(config.block_size, config.max_num_seqs, max_blocks, self.vocab_size)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.torch_device)
         self.sampler = Sampler(config.max_num_seqs, self.torch_device)
         self.graphs: DecodeGraphs | None = None
-        if self.on_gpu and not config.enforce_eager and self.backend.capturable:
+        self.prompt_graphs: PromptGraphs | None = None
+        if self._uses_graphs:
             self._make_graphs(max_blocks)
             self._phase("cuda_graphs", started)
 
     def launch(self, batch: Batch) -> InFlight:
         """Enqueue one step. Its tokens feed the next launch on the device, whether or not they were waited for."""
-        for seq in batch.admitted:
-            self.sampler.set_slot(seq.slot, seq.sampling)
-            self.block_tables[seq.slot, : len(seq.block_table)] = seq.block_table
-        for seq in batch.grown:
-            self.block_tables[seq.slot, len(seq.block_table) - 1] = seq.block_table[-1]
-        with torch.inference_mode():
-            try:
-                return self._launch(batch)
-            except torch.OutOfMemoryError:
-                pass  # and let go of the tensors that the exception holds
+        inputs = self._inputs(batch)
+        try:
+            tokens, scores = self.execute(inputs)
+        except torch.OutOfMemoryError:
+            tokens = None  # and let go of the tensors that the exception holds
+        if tokens is None:
             torch.cuda.empty_cache()  # what steps of other sizes left behind may be enough
             try:
-                return self._launch(batch)  # writes once more what the first try may have written
+                tokens, scores = self.execute(inputs)  # writes once more what the first try may have written
             except torch.OutOfMemoryError as error:
                 raise DeviceMemoryError(
                     f"The GPU has no memory left for a step of {batch.num_tokens} tokens. Lower gpu_memory_utilization "
                     "or max_num_batched_tokens, or end what else uses this GPU."
                 ) from error
+        return self._to_host(batch, tokens, scores)
 
-    def _launch(self, batch: Batch) -> InFlight:
-        graph = self._find_graph(batch)
-        return self._launch_eager(batch) if graph is None else self._launch_graph(batch, graph)
+    def _inputs(self, batch: Batch) -> DecodeStep | TokenStep:
+        for seq in batch.admitted:
+            self.sampler.set_slot(seq.slot, seq.sampling)
+        self.builder.update_tables(batch)
+        slots = np.array([seq.slot for seq in batch.sampled], np.int64)
+        new_slots, filtered = self.sampler.take_changes(), self.sampler.needs_filter(slots)
+        if self.graphs is not None and self.builder.fits_decode(batch, self.backend.fuses_decode):
+            size = self.graphs.find(len(batch.sampled))
+            if size is not None:
+                return self.builder.decode_step(batch, size, new_slots, filtered)
+        return self.builder.token_step(batch, new_slots, filtered)
+
+    def execute(self, inputs: DecodeStep | TokenStep) -> tuple[Tensor, Tensor | None]:
+        """Enqueue a step: its tokens, int64 [num_sampled], and scores (see ``_score``), on the device.
+
+        Raises torch.OutOfMemoryError; the step may then be tried again.
+        """
+        with torch.inference_mode():
+            self.sampler.apply(inputs.new_slots)
+            if isinstance(inputs, DecodeStep):
+                return self._replay(inputs), None
+            return self._run_tokens(inputs)
 
     # -- decode by CUDA graph ---------------------------------------------------------------------------------------
 
@@ -165,9 +183,17 @@ class ModelRunner:
         self.static_rows = torch.full((config.max_num_seqs, 3), -1, dtype=torch.int32, device=device)
         self.query_starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
         self.logits = torch.empty(config.max_num_seqs, self.vocab_size, dtype=self.torch_dtype, device=device)
-        self.graphs = DecodeGraphs(config.max_num_seqs, self._decode_logits, self._decode_tokens)
+        pool = GraphPool()
+        self.graphs = DecodeGraphs(pool, config.max_num_seqs, self._decode_logits, self._decode_tokens)
         with torch.inference_mode():
             self.graphs.capture()
+        if self.backend.captures_prefill:
+            num_tokens = config.max_num_batched_tokens
+            assert num_tokens is not None
+            self.prompt_graphs = PromptGraphs(
+                pool, num_tokens, config.max_num_seqs, self.max_model_len, self.block_size, self._prompt_logits
+            )
+            self.prompts = PromptBuffers(num_tokens, self.prompt_graphs.max_num_rows, max_blocks, device)
 
     def _decode_logits(self, size: int) -> Tensor:
         """The captured part up to the logits: [size, vocab_size], of the first ``size`` static rows."""
@@ -193,127 +219,105 @@ class ModelRunner:
         store_tokens(tokens, rows.slots, self.last_tokens)
         return tokens
 
-    def _find_graph(self, batch: Batch) -> DecodeGraph | None:
-        """The graph that can run a batch: one token a row, be it that of a prompt whose other tokens are cached."""
-        chunks = batch.prefill
-        if self.graphs is None or any(c.end - c.start > 1 or not c.samples for c in chunks):
-            return None
-        # A fused kernel stores a row's key while other rows attend: no row may share a block that this step fills.
-        fills = len(chunks) > 1 and any(c.end > c.store_from and c.end % self.block_size == 0 for c in chunks)
-        if fills and self.backend.fuses_decode:
-            return None
-        return self.graphs.find(len(batch.sampled))
-
-    def _launch_graph(self, batch: Batch, graph: DecodeGraph) -> InFlight:
-        count = len(batch.sampled)
-        slots = np.array([seq.slot for seq in batch.sampled], np.int32)
-        positions = np.array([*batch.positions, *(chunk.start for chunk in batch.prefill)], np.int32)
-        blocks = self.block_tables[slots, positions // self.block_size]
-        if batch.prefill:
-            blocks[len(batch.decode) :][[chunk.start < chunk.store_from for chunk in batch.prefill]] = -1
-            self._enter_prompts(batch)
+    def _replay(self, inputs: DecodeStep) -> Tensor:
+        assert self.graphs is not None
+        graph, count = self.graphs[inputs.graph_size], len(inputs.rows)
+        if len(inputs.entering):  # prompts that join as decode rows: what the device does not know of them
+            slots = self._put(inputs.entering.astype(np.int64))
+            self.device_tables[:, : inputs.tables.shape[1]].index_copy_(0, slots, self._put(inputs.tables))
+            self.last_tokens.index_copy_(0, slots, self._put(inputs.tokens.astype(np.int64)))
         staged = torch.empty(graph.size, 3, dtype=torch.int32, pin_memory=True)
         rows = staged.numpy()
-        rows[:count, 0], rows[:count, 1], rows[:count, 2] = slots, positions, blocks
+        rows[:count] = inputs.rows
         rows[count:] = -1
         self.static_rows[: graph.size].copy_(staged, non_blocking=True)
-        self.sampler.flush()
         graph.forward.replay()
-        self.sampler.ban(graph.logits, _banned(batch, positions + 1))
-        sample, tokens = graph.sample[self.sampler.needs_filter(slots)]
+        self.sampler.ban(graph.logits, inputs.banned)
+        sample, tokens = graph.sample[inputs.filtered]
         sample.replay()
-        return self._to_host(batch, tokens[:count])
+        return tokens[:count]
 
-    def _enter_prompts(self, batch: Batch) -> None:
-        """Give the device the block tables and the tokens to feed of prompts that join as decode rows."""
-        slots = np.array([chunk.seq.slot for chunk in batch.prefill])
-        width = -(-max(chunk.end for chunk in batch.prefill) // self.block_size)
-        on_device = self._put(slots)
-        self.device_tables[:, :width].index_copy_(0, on_device, self._put(self.block_tables[slots, :width]))
-        tokens = np.array([chunk.seq.token_ids[chunk.start] for chunk in batch.prefill])
-        self.last_tokens.index_copy_(0, on_device, self._put(tokens))
+    # -- steps with prompt tokens, and all steps of a CPU -----------------------------------------------------------
 
-    # -- eager steps ------------------------------------------------------------------------------------------------
-
-    def _launch_eager(self, batch: Batch) -> InFlight:
-        size, num_decode = self.block_size, len(batch.decode)
-        # Decode rows first: one token each.
-        slots = [seq.slot for seq in batch.decode]
-        positions = [np.array(batch.positions, np.int64)]
-        slot_mapping = [self.block_tables[slots, positions[0] // size].astype(np.int64) * size + positions[0] % size]
-        query_lens, seq_lens = [1] * num_decode, [p + 1 for p in batch.positions]
-        prompt_ids = array("i")
-        sampled_rows = list(range(num_decode))  # index of each sampled row's last token
-        scored_rows: list[int] = []
-        targets: list[int] = []
-        num_tokens = num_decode
-        for chunk in batch.prefill:
-            slot = chunk.seq.slot
-            where = np.arange(chunk.start, chunk.end)
-            mapping = self.block_tables[slot, where // size].astype(np.int64) * size + where % size
-            mapping[where < chunk.store_from] = -1
-            slots.append(slot)
-            positions.append(where)
-            slot_mapping.append(mapping)
-            query_lens.append(chunk.end - chunk.start)
-            seq_lens.append(chunk.end)
-            prompt_ids += chunk.seq.token_ids[chunk.start : chunk.end]
-            num_tokens += chunk.end - chunk.start
-            if chunk.samples:
-                sampled_rows.append(num_tokens - 1)
-            elif chunk.num_scored:
-                scored_rows += range(num_tokens - chunk.num_scored, num_tokens)
-                targets += chunk.seq.targets(chunk.end - chunk.num_scored, chunk.end)
-
-        all_positions = np.concatenate(positions)
-        max_seq_len = max(seq_lens)
-        width = -(-max_seq_len // size)
-        table, device_slots = self._put(self.block_tables[slots, :width]), self._put(np.array(slots, np.int64))
+    def _run_tokens(self, inputs: TokenStep) -> tuple[Tensor, Tensor | None]:
+        slots = self._put(inputs.row_slots.astype(np.int64))
+        tables = self._put(inputs.tables)
         if self.graphs is not None:
-            self.device_tables[:, :width].index_copy_(0, device_slots, table)  # what later decode steps read
+            self.device_tables[:, : tables.shape[1]].index_copy_(0, slots, tables)  # what later decode steps read
+        scores = None
+        shape = self._prompt_shape(inputs)
+        if shape is not None:
+            assert self.prompt_graphs is not None
+            self.prompts.fill(inputs, shape, tables)
+            logits = self.prompt_graphs.run(shape)
+            rows = np.searchsorted(inputs.query_start_loc[1:], inputs.sampled, side="right")
+            logits = logits[: len(rows)] if len(rows) == len(inputs.seq_lens) else logits[self._put(rows)]
+        else:
+            hidden = self._hidden(inputs, slots, tables)
+            if inputs.scored.size:
+                scores = self._score(hidden, self._put(inputs.scored))
+            if len(inputs.sampled) < len(hidden):
+                hidden = hidden[self._put(inputs.sampled)]
+            logits = self.model.compute_logits(hidden) if len(hidden) else hidden
+        if not len(inputs.sampled):
+            return torch.empty(0, dtype=torch.int64), scores
+        tokens = self.sampler(logits, inputs.slots, inputs.new_positions, inputs.banned, inputs.filtered)
+        self.last_tokens[self._put(inputs.slots.astype(np.int64))] = tokens.clamp(min=0)
+        return tokens, scores
+
+    def _prompt_shape(self, inputs: TokenStep) -> PromptShape | None:
+        """The bucket of the graph that can run a step: prompts alone, nothing scored."""
+        if self.prompt_graphs is None or inputs.num_decode or inputs.scored.size:
+            return None
+        return self.prompt_graphs.shape(len(inputs.positions), len(inputs.seq_lens), inputs.max_seq_len)
+
+    def _prompt_logits(self, shape: PromptShape) -> Tensor:
+        """The captured part of a step of prompts: logits [rows, vocab_size] of each static row's last token."""
+        num_tokens, num_rows, num_blocks = shape
+        prompts = self.prompts
+        ids, positions, slot_mapping = prompts.tokens[:, :num_tokens]
         meta = AttentionMetadata(
-            query_start_loc=self._put(np.cumsum([0, *query_lens], dtype=np.int32)),
-            seq_lens=self._put(np.array(seq_lens, np.int32)),
-            block_table=table,
-            slot_mapping=self._put(np.concatenate(slot_mapping)),
-            max_query_len=max(query_lens),
-            max_seq_len=max_seq_len,
-            num_decode_rows=num_decode,
+            query_start_loc=prompts.query_start_loc[: num_rows + 1],
+            seq_lens=prompts.seq_lens[:num_rows],
+            block_table=prompts.tables[:num_rows, :num_blocks],
+            slot_mapping=slot_mapping,
+            max_query_len=num_tokens,
+            max_seq_len=num_blocks * self.block_size,
+            num_decode_rows=0,
         )
         self.backend.prepare(meta)
-        input_ids = self._put(np.array(prompt_ids, np.int64))
-        if num_decode:
-            input_ids = torch.cat([self.last_tokens[device_slots[:num_decode]], input_ids])
-        hidden = self.model(input_ids, self._put(all_positions), self.kv_caches, meta)
-        scores = self._score(hidden, scored_rows, targets) if scored_rows else None
-        return self._sample(batch, hidden, np.array(sampled_rows, np.int64), all_positions, scores)
+        hidden = self.model(ids, positions, self.kv_caches, meta)
+        last = (meta.query_start_loc[1:] - 1).clamp(min=0)
+        return self.model.compute_logits(hidden.index_select(0, last))
 
-    def _score(self, hidden: Tensor, rows: list[int], targets: list[int]) -> Tensor:
-        """float32 [2, len(rows)]: log-probability of each row's target, and 1 where no token is more likely.
+    def _hidden(self, inputs: TokenStep, slots: Tensor, tables: Tensor) -> Tensor:
+        """The model's hidden states of a step, launched kernel by kernel."""
+        meta = AttentionMetadata(
+            query_start_loc=self._put(inputs.query_start_loc),
+            seq_lens=self._put(inputs.seq_lens),
+            block_table=tables,
+            slot_mapping=self._put(inputs.slot_mapping),
+            max_query_len=inputs.max_query_len,
+            max_seq_len=inputs.max_seq_len,
+            num_decode_rows=inputs.num_decode,
+        )
+        self.backend.prepare(meta)
+        input_ids = self._put(inputs.prompt_ids.astype(np.int64))
+        if inputs.num_decode:
+            input_ids = torch.cat([self.last_tokens[slots[: inputs.num_decode]], input_ids])
+        hidden: Tensor = self.model(input_ids, self._put(inputs.positions), self.kv_caches, meta)
+        return hidden
 
-        A few rows at a time, so that their logits stay small.
+    def _score(self, hidden: Tensor, scored: Tensor) -> Tensor:
+        """float32 [2, n]: log-probability of each target, and 1 where no token is more likely.
+
+        scored: int64 [2, n], rows of hidden and their targets. A few at a time, so that their logits stay small.
         """
-        device_rows, device_targets = self._put(np.array([rows, targets], np.int64))
-        pieces = zip(device_rows.split(self.score_rows), device_targets.split(self.score_rows), strict=True)
+        pieces = zip(scored[0].split(self.score_rows), scored[1].split(self.score_rows), strict=True)
         return torch.cat([score_rows(self.model.compute_logits(hidden[r]), t) for r, t in pieces], dim=1)
 
-    def _sample(
-        self, batch: Batch, hidden: Tensor, rows: np.ndarray, positions: np.ndarray, scores: Tensor | None
-    ) -> InFlight:
-        if not batch.sampled:
-            tokens = torch.empty(0, dtype=torch.int64)
-            return InFlight(batch, tokens, None) if scores is None else self._to_host(batch, tokens, scores)
-        if len(rows) < len(hidden):
-            hidden = hidden[self._put(rows)]
-        logits = self.model.compute_logits(hidden)
-        new_positions = positions[rows] + 1
-        slots = np.array([seq.slot for seq in batch.sampled], np.int64)
-        tokens = self.sampler(logits, slots, new_positions, _banned(batch, new_positions))
-        self.last_tokens[self._put(slots)] = tokens.clamp(min=0)
-        return self._to_host(batch, tokens, scores)
-
-    def _to_host(self, batch: Batch, tokens: Tensor, scores: Tensor | None = None) -> InFlight:
-        if not self.on_gpu:
+    def _to_host(self, batch: Batch, tokens: Tensor, scores: Tensor | None) -> InFlight:
+        if not self.on_gpu or (scores is None and not len(tokens)):
             return InFlight(batch, tokens, None, scores)
         on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
         on_host.copy_(tokens, non_blocking=True)
@@ -324,8 +328,7 @@ class ModelRunner:
         return InFlight(batch, on_host, event, scores)
 
     def _put(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.torch_device, non_blocking=True) if self.on_gpu else tensor
+        return put(values, self.torch_device)
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -349,7 +352,9 @@ class ModelRunner:
                 "free. Lower max_num_batched_tokens or max_num_seqs, or use a smaller model."
             ) from error
         torch.cuda.empty_cache()
-        graphs = 0 if config.enforce_eager or not self.backend.capturable else decode + kv_cache.GRAPH_BYTES
+        graphs = 0
+        if self._uses_graphs:
+            graphs = max(decode, prefill if self.backend.captures_prefill else 0) + kv_cache.GRAPH_BYTES
         # A prefill step may sample max_num_seqs rows while all its hidden states are there.
         hidden = num_tokens * self.model_config.hidden_size * self.torch_dtype.itemsize
         return kv_cache.MemoryUse(total, free, weights, max(prefill, decode + hidden), graphs)
@@ -376,10 +381,10 @@ class ModelRunner:
         hidden = self.model(ids, positions, caches, meta)
         logits = self.model.compute_logits(hidden[:num_sampled])
         sampler = Sampler(num_sampled, self.torch_device)
-        sampler(logits, np.arange(num_sampled), np.zeros(num_sampled, np.int64), [])
+        sampler(logits, np.arange(num_sampled), np.zeros(num_sampled, np.int64))
         del logits
         num_scored = min(len(hidden), self.score_rows)
-        self._score(hidden, list(range(num_scored)), [0] * num_scored)
+        self._score(hidden, self._put(np.stack([np.arange(num_scored), np.zeros(num_scored, np.int64)])))
 
     def _peak(self, step: Callable[[], None]) -> int:
         """Bytes that ``step`` needs at most beyond what was allocated before."""
@@ -398,6 +403,10 @@ class ModelRunner:
         self.startup_seconds[name] = now - started
         return now
 
+    @property
+    def _uses_graphs(self) -> bool:
+        return self.on_gpu and not self.config.enforce_eager and self.backend.capturable
+
     def _max_model_len(self) -> int:
         limit, wanted = self.model_config.max_context, self.config.max_model_len
         if wanted is not None and wanted > limit:
@@ -405,15 +414,6 @@ class ModelRunner:
                 f"max_model_len={wanted} is above what the model was made for: {limit} tokens. Set it to that or less."
             )
         return limit if wanted is None else wanted
-
-
-def _banned(batch: Batch, new_positions: np.ndarray) -> list[tuple[int, list[int]]]:
-    """(row, token ids) that must not be sampled there: ends before min_tokens."""
-    return [
-        (row, list(seq.stop_token_ids))
-        for row, seq in enumerate(batch.sampled)
-        if seq.sampling.min_tokens and new_positions[row] < seq.min_total_tokens and seq.stop_token_ids
-    ]
 
 
 def choose_device(name: str) -> torch.device:

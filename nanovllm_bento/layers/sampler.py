@@ -13,47 +13,52 @@ from nanovllm_bento.kernels.sample import (
 )
 from nanovllm_bento.sampling_params import SamplingParams
 
+_NOTHING = np.empty(0, np.int64)
+
 
 class Sampler:
     """Keeps each slot's parameters, so that a step only says which slots it samples.
 
-    The host's table is the truth. A GPU has a copy, which ``flush`` brings up to date in the order of the stream, so
-    that steps in flight are not disturbed. Nothing here waits for the device.
+    The host's table is the truth. The device has a copy, which ``apply`` brings up to date in the order of the stream,
+    so that steps in flight are not disturbed; the ranks of a tensor-parallel engine apply what rank 0 took. Nothing
+    here waits for the device.
     """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self.device = device
         self.slots = new_slot_table(max_num_seqs)
-        # On a CPU the very memory of the host's table.
-        self.slot_params = slot_words(self.slots).to(device)
+        self.slot_params = slot_words(self.slots.copy()).to(device)
         self._filters = np.zeros(max_num_seqs, bool)
-        self._dirty: set[int] = set()
+        self._changed: set[int] = set()
 
     def set_slot(self, slot: int, params: SamplingParams) -> None:
-        """Give a slot to a new sequence. params.seed is set."""
+        """Give a slot to a new sequence, on the host. params.seed is set."""
         assert params.seed is not None
         seed = seed_to_int64(params.seed)
         self.slots[slot] = (params.temperature, params.top_p, params.min_p, min(params.top_k, 2**31 - 1), seed, slot)
         filters = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self._filters[slot] = filters and np.float32(params.temperature) >= np.float32(MIN_TEMPERATURE)
-        self._dirty.add(slot)
+        self._changed.add(slot)
 
     def needs_filter(self, slots: np.ndarray) -> bool:
         """Whether any of the slots asks for top-k, top-p or min-p. Negative slots (padding) do not."""
         return bool(self._filters[slots[slots >= 0]].any())
 
-    def flush(self) -> None:
-        """Enqueue the upload of what ``set_slot`` changed; call it before the step that samples it."""
-        if self._dirty and self.device.type != "cpu":
-            words = self._put(slot_words(self.slots[list(self._dirty)]))
-            self.slot_params.index_copy_(0, words.view(torch.int64)[:, 3], words)
-        self._dirty.clear()
+    def take_changes(self) -> np.ndarray:
+        """The parameters of the slots given away since the last call, for ``apply``: int32 [n, 8]."""
+        changed, self._changed = list(self._changed), set()
+        return self.slots[changed].view(np.int32).reshape(-1, 8)
 
-    def ban(self, logits: torch.Tensor, banned: list[tuple[int, list[int]]]) -> None:
-        """Set the logits of (row, token ids) to -inf. logits: [n, vocab], contiguous, changed in place."""
-        flat = [row * logits.shape[-1] + token for row, token_ids in banned for token in token_ids]
-        if flat:
-            ban_tokens(logits, self._put(torch.tensor(flat)))
+    def apply(self, changes: np.ndarray) -> None:
+        """Enqueue the upload of changed slots; call it before the step that samples them."""
+        if len(changes):
+            words = self._put(torch.from_numpy(changes))
+            self.slot_params.index_copy_(0, words.view(torch.int64)[:, 3], words)
+
+    def ban(self, logits: torch.Tensor, banned: np.ndarray) -> None:
+        """Set logits to -inf in place. logits: [n, vocab], contiguous; banned: int64 [m], row * vocab + token id."""
+        if len(banned):
+            ban_tokens(logits, self._put(torch.from_numpy(banned)))
 
     def sample_device(
         self,
@@ -67,17 +72,24 @@ class Sampler:
         return sample_rows(logits, self.slot_params, slots, positions, filtered=filtered, out=out)
 
     def __call__(
-        self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, banned: list[tuple[int, list[int]]]
+        self,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        banned: np.ndarray = _NOTHING,
+        filtered: bool | None = None,
     ) -> torch.Tensor:
         """Sample one token per row: int64 [n] on the logits' device; -1 where the logits are not numbers.
 
-        logits: [n, vocab], contiguous, changed in place. slots: int64 [n]. positions: int64 [n], the place of the new
-        token in its sequence. banned: (row, token ids) that must not be sampled there (min_tokens).
+        logits: [n, vocab], contiguous, changed in place. slots: int [n]. positions: int [n], the place of the new token
+        in its sequence. banned: as ``ban``. filtered: as ``needs_filter`` (None: ask it, and apply what changed).
         """
-        self.flush()
+        if filtered is None:
+            self.apply(self.take_changes())
+            filtered = self.needs_filter(slots)
         self.ban(logits, banned)
-        rows = self._put(torch.from_numpy(np.stack([slots, positions])))
-        return self.sample_device(logits, rows[0], rows[1], self.needs_filter(slots))
+        rows = self._put(torch.from_numpy(np.stack([slots, positions]).astype(np.int64, copy=False)))
+        return self.sample_device(logits, rows[0], rows[1], filtered)
 
     def _put(self, host: torch.Tensor) -> torch.Tensor:
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)

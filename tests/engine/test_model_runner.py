@@ -1,16 +1,19 @@
 """What the model runner decides without a GPU: which steps a CUDA graph may run, and how much KV cache there is."""
 
-from types import SimpleNamespace
+from array import array
 
+import numpy as np
 import pytest
 import torch
 
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine import kv_cache
-from nanovllm_bento.engine.cuda_graphs import graph_buckets
-from nanovllm_bento.engine.model_runner import ModelRunner
+from nanovllm_bento.engine.cuda_graphs import PromptGraphs, graph_buckets, token_bucket
 from nanovllm_bento.engine.scheduler import Batch, PrefillChunk
+from nanovllm_bento.engine.sequence import Sequence
+from nanovllm_bento.engine.step_inputs import StepBuilder, decoder, encoder
 from nanovllm_bento.errors import ConfigError
+from nanovllm_bento.sampling_params import SamplingParams
 from tests.engine.tiny_engines import make_engine
 from tests.engine.tiny_models import make_tiny, read_config
 
@@ -21,14 +24,8 @@ CUDA = torch.device("cuda")
 def runs_in_a_graph(*chunks: tuple[int, int, int], fuses_decode: bool = True, samples: bool = True) -> bool:
     """chunks: (start, end, store_from) of prompts in one step, with blocks of 16."""
     prefill = [PrefillChunk(None, *chunk, samples) for chunk in chunks]
-    runner = SimpleNamespace(
-        graphs=SimpleNamespace(find=lambda rows: f"graph of {rows}"),
-        block_size=16,
-        backend=SimpleNamespace(fuses_decode=fuses_decode),
-    )
-    found = ModelRunner._find_graph(runner, Batch(1, prefill=prefill, sampled=[None] * len(prefill)))
-    assert found in (None, f"graph of {len(prefill)}")
-    return found is not None
+    builder = StepBuilder(block_size=16, max_num_seqs=8, max_blocks=4, vocab_size=50)
+    return builder.fits_decode(Batch(1, prefill=prefill, sampled=[None] * len(prefill)), fuses_decode)
 
 
 def test_a_prompt_that_is_cached_but_for_one_token_runs_in_a_graph():
@@ -51,6 +48,58 @@ def test_no_graph_where_a_row_could_read_a_block_that_another_one_fills():
 def test_there_is_a_bucket_for_every_batch(most):
     buckets = graph_buckets(most)
     assert buckets == sorted(set(buckets)) and buckets[-1] == most and buckets[0] == 1
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 100, 512, 513, 5000, 8191, 8192])
+def test_a_step_of_prompts_is_padded_by_a_quarter_at_most(num_tokens):
+    assert num_tokens <= token_bucket(num_tokens) <= max(16, 1.25 * num_tokens + 16)
+    assert token_bucket(token_bucket(num_tokens)) == token_bucket(num_tokens)
+
+
+@pytest.mark.parametrize("max_tokens, max_seqs, max_len", [(8192, 256, 40960), (100, 3, 70), (16, 1, 1000)])
+def test_a_prompt_graph_holds_every_step_that_it_is_found_for(max_tokens, max_seqs, max_len):
+    graphs = PromptGraphs(None, max_tokens, max_seqs, max_len, 16, None)
+    for num_tokens in range(1, max_tokens + 1, 7):
+        for num_rows in range(1, min(max_seqs, num_tokens) + 1, 5):
+            for context in {1, num_tokens, max_len}:
+                if context > max_len:
+                    continue
+                shape = graphs.shape(num_tokens, num_rows, context)
+                if num_rows > 64:
+                    assert shape is None
+                    continue
+                tokens, rows, blocks = shape
+                assert num_tokens <= tokens <= max_tokens and num_rows <= rows <= max_seqs
+                assert context <= blocks * 16 < max_len + 16
+
+
+def test_step_inputs_arrive_as_they_were_sent():
+    seqs = [
+        Sequence(f"{i}", array("i", range(3, 40 + i)), 37, SamplingParams(max_tokens=9, min_tokens=4, seed=i), slot=i)
+        for i in range(3)
+    ]
+    for seq in seqs:
+        seq.block_table = [7 * seq.slot + k for k in range(3)]
+    seqs[1].stop_token_ids = frozenset({2, 40})
+    chunks = [PrefillChunk(seqs[1], 16, 38, 16, True), PrefillChunk(seqs[2], 0, 7, 0, False)]
+    mixed = Batch(1, [seqs[0]], [36], chunks, sampled=seqs[:2], admitted=seqs)
+    decode = Batch(2, seqs[:2], [36, 37], sampled=seqs[:2])
+    builder = StepBuilder(block_size=16, max_num_seqs=4, max_blocks=4, vocab_size=50)
+    builder.update_tables(mixed)
+    new_slots = np.arange(16, dtype=np.int32).reshape(2, 8)
+    steps = [builder.token_step(mixed, new_slots, True), builder.decode_step(decode, 4, new_slots[:0], False)]
+    assert steps[0].banned.tolist() == [50 + token for token in seqs[1].stop_token_ids]
+    assert steps[0].sampled.tolist() == [0, 22] and steps[0].query_start_loc.tolist() == [0, 1, 23, 30]
+    assert steps[1].rows.tolist() == [[0, 36, 2], [1, 37, 9]]
+    for sent in steps:
+        received = decoder.decode(encoder.encode(sent))
+        assert type(received) is type(sent)
+        for name in sent.__struct_fields__:
+            ours, theirs = getattr(sent, name), getattr(received, name)
+            if isinstance(ours, np.ndarray):
+                assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and (ours == theirs).all(), name
+            else:
+                assert ours == theirs, name
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_banned_tokens_are_not_sampled():
     sampler.set_slot(1, SamplingParams(temperature=0.0, seed=1))
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
     for banned, token in (([], 1), ([1], 2), ([1, 2], 3)):
-        got = sampler(logits.clone(), np.array([1]), np.array([0]), [(0, banned)] if banned else [])
+        got = sampler(logits.clone(), np.array([1]), np.array([0]), np.array(banned, np.int64))
         assert got.tolist() == [token]
 
 
@@ -158,8 +158,8 @@ def test_a_slots_new_parameters_count_from_the_next_step_and_padding_rows_give_0
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(2, 1)
     sampler.set_slot(2, SamplingParams(temperature=0.0, top_k=2, seed=1))
     assert not sampler.needs_filter(np.array([2, -1])), "a greedy row needs no filter"
-    assert sampler(logits.clone(), np.array([2, -1]), np.array([0, 0]), []).tolist() == [1, 0]
+    assert sampler(logits.clone(), np.array([2, -1]), np.array([0, 0])).tolist() == [1, 0]
     sampler.set_slot(2, SamplingParams(temperature=5.0, top_k=2, seed=2**64 - 1))
     assert sampler.needs_filter(np.array([0, 2])) and not sampler.needs_filter(np.array([0, 1]))
-    tokens = {sampler(logits.clone(), np.array([2, 2]), np.array([i, i]), [])[0].item() for i in range(30)}
+    tokens = {sampler(logits.clone(), np.array([2, 2]), np.array([i, i]))[0].item() for i in range(30)}
     assert tokens == {1, 2}

@@ -38,7 +38,7 @@ def test_a_replayed_step_equals_the_eager_one_bit_for_bit(tiny, count, kv_cache_
     for _ in range(12):
         core.step()
     torch.cuda.synchronize()
-    graph = runner.graphs.find(count)
+    graph = runner.graphs[runner.graphs.find(count)]
     before = runner.last_tokens.clone()
     graph.forward.replay()  # the last step once more, on the inputs that still lie there
     replayed = graph.logits.clone()
@@ -64,6 +64,41 @@ def test_graphs_and_eager_engines_give_the_same_tokens_in_float32(tiny, sampling
         start(core, 7, **sampling)
         results.append(run_all(core))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("attention", ["auto", "triton"])
+def test_prompts_by_graph_give_the_eager_tokens_again_and_again(tiny, attention):
+    results = []
+    for enforce_eager in (False, True):
+        core = engine(tiny, "float32", enforce_eager=enforce_eager, attention_backend=attention)
+        rounds = []
+        for _ in range(3):  # a shape's first step runs eagerly, what comes after is the graph's
+            for i, prompt in enumerate(PROMPTS):
+                add(core, f"{i}", prompt, 6, ignore_eos=True, temperature=0.8, seed=i, salt=str(len(rounds)))
+                if i % 2:
+                    rounds.append(run_all(core))
+            rounds.append(run_all(core))
+        results.append(rounds)
+        if not enforce_eager:
+            captured = core.runner.prompt_graphs._graphs
+            assert captured and None not in captured.values()
+    assert results[0] == results[1]
+
+
+def test_what_lies_in_padding_tokens_reaches_no_other(tmp_path):
+    """Rows of attention that belong to no prompt are never written: here they hold NaN."""
+    core = engine(make_tiny("qwen3", tmp_path, head_dim=64, tie_word_embeddings=False))
+    add(core, "warm", PROMPTS[2][:70], 3, ignore_eos=True, temperature=0.0)
+    run(core)
+    add(core, "a", PROMPTS[2][:66], 3, ignore_eos=True, temperature=0.0, salt="a")
+    expected = run_all(core)["a"]
+    runner = core.runner
+    shape = runner.prompt_graphs.shape(66, 1, 66)
+    assert shape[0] == 80 and shape in runner.prompt_graphs._graphs
+    with torch.inference_mode():
+        runner.model.embed.weight[0] = torch.nan  # padding tokens are id 0, which no prompt here holds
+    add(core, "b", PROMPTS[2][:66], 3, ignore_eos=True, temperature=0.0, salt="b")
+    assert run_all(core)["b"] == expected
 
 
 @pytest.mark.parametrize("mode", ["two_phase", "mixed"])
@@ -98,10 +133,10 @@ def test_a_fully_cached_prompt_runs_in_the_decode_graph_with_the_same_tokens(tin
     add(core, "fill", [*prompts["one more token"], 9], 1, temperature=0.0)
     run(core)
 
-    def refuse(batch):
+    def refuse(inputs):
         raise AssertionError("ran eagerly")
 
-    monkeypatch.setattr(core.runner, "_launch_eager", refuse)
+    monkeypatch.setattr(core.runner, "_run_tokens", refuse)
     for name, prompt in prompts.items():
         add(core, name, prompt, 20, ignore_eos=True, temperature=0.8, seed=4)
     assert run_all(core) == cold

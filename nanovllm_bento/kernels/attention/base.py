@@ -45,6 +45,8 @@ class AttentionBackend(Protocol):
     capturable: bool
     """Whether forward may be captured in a CUDA graph for steps of decode rows only; prepare then never waits for the
     device. A replay reads the tensors of the captured metadata again; what is host-known of it stays as captured."""
+    captures_prefill: bool
+    """Whether the same holds for steps of prefill rows only, some of which may be padding: no query tokens, length 0."""
     fuses_decode: bool
     """Whether it is a FusingBackend."""
 
@@ -129,6 +131,7 @@ class PhasedAttention:
     def __init__(self, prefill: PhaseBackend, decode: PhaseBackend) -> None:
         self.name = f"{prefill.name}+{decode.name}"
         self.capturable = decode.capturable
+        self.captures_prefill = prefill.captures_prefill
         self.fuses_decode = decode.fuses_decode
         self._prefill = prefill
         self._decode = decode

@@ -53,6 +53,7 @@ class FlashAttention:
         if found is None:
             raise ValueError(reason)
         self.version, self._module = found
+        self.captures_prefill = self.version in (2, 3)
         self._prefill_call: Callable[..., Tensor] = {2: self._prefill2, 3: self._prefill3, 4: self._prefill4}[
             self.version
         ]

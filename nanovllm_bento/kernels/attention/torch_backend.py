@@ -42,6 +42,7 @@ class TorchAttention:
 
     name = "torch"
     capturable = False
+    captures_prefill = False
     fuses_decode = False
 
     def __init__(self, block_size: int, dtype: torch.dtype) -> None:

@@ -29,6 +29,7 @@ class TritonAttention:
 
     name = "triton"
     capturable = True
+    captures_prefill = True
 
     def __init__(
         self,
