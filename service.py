@@ -31,7 +31,7 @@ from nanovllm_bento.serving.lifetime import drain_on_sigterm, end_with
 from nanovllm_bento.serving.middleware import middlewares
 from nanovllm_bento.serving.openai.endpoints import OpenAIEndpoints
 from nanovllm_bento.serving.private_logs import keep_bodies_out_of_logs
-from nanovllm_bento.serving.resources import service_resources
+from nanovllm_bento.serving.resources import num_workers, service_resources
 
 engine_config = EngineConfig.create()
 config = ServiceConfig.create()
@@ -52,7 +52,7 @@ instruments = {
 
 @bentoml.service(
     name="nanovllm",
-    workers=config.workers,
+    workers=num_workers(config, engine_config),
     resources=service_resources(engine_config),
     # Bounds the time to the start of an answer, without stream to its end. BentoML keeps a timer for as long after each
     # request, so it is not for ever. The hot routes do not go through it (serving/front.py).

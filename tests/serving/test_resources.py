@@ -1,16 +1,21 @@
 """GPUs under BentoML: the service asks for TP × DP devices, and what its processes see is said before they start."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from nanovllm_bento import cli
-from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.serving import resources
 from nanovllm_bento.serving.resources import (
     check_devices,
     count_gpus,
     explain_devices,
+    num_workers,
     service_resources,
+    usable_cores,
     visible_gpus,
     worker_devices,
 )
@@ -133,3 +138,19 @@ def test_doctor_names_the_gpus_for_serving(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(resources, "count_gpus", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert "needs 1, this machine has 2" in dict(cli.diagnose())["GPUs for serving"]
+
+
+def test_there_is_a_worker_for_every_four_cores_beside_a_gpu_and_one_on_a_cpu() -> None:
+    unset = ServiceConfig.create(env={})
+    assert [num_workers(unset, config("cuda"), cores) for cores in (1, 2, 4, 8, 15, 16, 128)] == [1, 1, 1, 2, 3, 4, 4]
+    assert num_workers(unset, config("cpu"), 128) == 1
+    assert num_workers(ServiceConfig.create(env={}, workers=7), config("cpu"), 2) == 7
+
+
+def test_a_containers_cpu_quota_counts(tmp_path: Path) -> None:
+    quota = tmp_path / "cpu.max"
+    cores = len(os.sched_getaffinity(0))
+    for text, expected in (("max 100000", cores), ("50000 100000", 1), ("90000000 100000", cores), ("nonsense", cores)):
+        quota.write_text(text)
+        assert usable_cores(quota) == expected
+    assert usable_cores(tmp_path / "absent") == cores
