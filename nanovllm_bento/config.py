@@ -88,6 +88,12 @@ class EngineConfig(_Settings):
     """Number of KV blocks, instead of one computed from memory (tests)."""
 
     tensor_parallel_size: int = Field(1, ge=1, le=8)
+    """Ranks that share the model, each a process with a device of its own (docs/parallelism.md)."""
+    enable_expert_parallel: bool = False
+    """Mixture of experts: each rank holds whole experts instead of a part of every one."""
+    tensor_parallel_timeout: float = Field(30.0, gt=0)
+    """Seconds without any progress of a tensor-parallel rank, while a step waits for it, after which it counts as hung
+    and the engine ends. Not while the engine starts."""
     data_parallel_size: int = Field(1, ge=1)
     enforce_eager: bool = False
     """No CUDA graphs."""
@@ -98,9 +104,8 @@ class EngineConfig(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in ("tensor_parallel_size", "data_parallel_size"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not supported yet; only 1 is.")
+        if self.data_parallel_size > 1:
+            raise ValueError(f"data_parallel_size={self.data_parallel_size} is not supported yet; only 1 is.")
         if self.max_num_batched_tokens is None:
             return self
         if self.schedule_mode == "mixed" and self.max_num_batched_tokens <= self.max_num_seqs:
@@ -165,8 +170,9 @@ class ServiceConfig(_Settings):
     batch_max_items: int = Field(256, ge=1)
     """Items of one call."""
 
-    workers: int = Field(1, ge=1)
-    """API worker processes."""
+    workers: int | None = Field(None, ge=1)
+    """API worker processes. None: with a GPU one for every four CPU cores, at most 4; else 1, as the engine needs the
+    cores."""
     ipc_dir: str | None = None
     """Folder of the sockets between workers and engine; None: one in the runtime folder, named after the service."""
 

@@ -93,6 +93,10 @@ class EngineDeadError(EngineError):
     """The engine ended or hangs; the request could not be finished."""
 
 
+class RankError(EngineDeadError):
+    """A tensor-parallel rank died, failed or hangs; the message names it."""
+
+
 class ShuttingDownError(EngineDeadError):
     """The service ends, and the request had not finished in the time it was given for that."""
 

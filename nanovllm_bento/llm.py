@@ -1,10 +1,11 @@
 """Offline inference: ``LLM(model).generate(prompts)``, ``.chat(messages)`` and ``.score(contexts, continuations)``.
 
-The engine runs in this process.
+The engine runs in this process; with tensor_parallel_size above 1 its other ranks run in processes of their own.
 """
 
 import itertools
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,14 @@ class LLM:
     def __init__(self, model: str = "demo", **engine_args: Any) -> None:
         self.config = EngineConfig.create(model=model, **engine_args)
         self.core = EngineCore.from_model(self.config)
+        if self.core.ranks is not None:
+            weakref.finalize(self, self.core.ranks.close)
         self.tokenizer = Tokenizer.load(resolve_model(self.config.model, self.config.revision))
         self._request_ids = itertools.count()
+
+    def close(self) -> None:
+        """End what ``tensor_parallel_size`` above 1 has started; it also ends with this object and this process."""
+        self.core.close()
 
     def generate(
         self,

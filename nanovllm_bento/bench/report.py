@@ -249,7 +249,7 @@ class _Report:
         assert self.ceilings is not None
         row = steps.prefill_breakdown(core)
         num_prompts = row["tokens"] // row["prompt_len"]
-        floor = self.ceilings.seconds(cost.weight_bytes, num_prompts * cost.prefill(row["prompt_len"]))
+        floor = self.ceilings.seconds(cost.weight_bytes(row["tokens"]), num_prompts * cost.prefill(row["prompt_len"]))
         return {**row, "floor_us": round(floor * 1e6, 1)}
 
     def _prefix(self, core: EngineCore, cost: roofline.ModelCost) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -268,7 +268,7 @@ class _Report:
         info = core.info
         tied = self.config.tie_word_embeddings
         row: dict[str, Any] = {
-            "weights_bytes": cost.weight_bytes + (0 if tied else cost.head_weights * cost.weight_itemsize),
+            "weights_bytes": cost.all_weight_bytes + (0 if tied else cost.head_weights * cost.weight_itemsize),
             "kv_cache_bytes": info.num_cache_tokens * cost.kv_bytes_per_token,
             "num_blocks": info.num_blocks,
             "cache_tokens": info.num_cache_tokens,
@@ -344,7 +344,10 @@ class _Report:
     def _cost(self, kv: str) -> roofline.ModelCost:
         assert self.dtype is not None
         return roofline.ModelCost.of(
-            self.config, self.dtype.itemsize, 1 if kv.startswith("fp8") else self.dtype.itemsize
+            self.config,
+            self.dtype.itemsize,
+            1 if kv.startswith("fp8") else self.dtype.itemsize,
+            self.result["settings"].get("tensor_parallel_size", 1),
         )
 
     @staticmethod

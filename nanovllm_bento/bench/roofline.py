@@ -50,32 +50,56 @@ class ModelCost:
 
     and once per sampled token the LM head, H * vocab_size elements (tied or not, it is read to have logits; the rows
     looked up in the embedding are not counted). Norms and biases are left out.
+
+    In a layer with E experts of which a token takes k, the inner weights are k times 3 H I to multiply, beside the
+    router's H E, and a step of n tokens reads the experts that are asked at all: E (1 - (1 - k / E)^n) of them, as if
+    drawn at random. Of a tensor-parallel engine this is one rank's share, in whole numbers where it divides; what the
+    ranks send each other is left out.
     """
 
-    layer_weights: int  # elements, all layers
+    layer_weights: int  # elements that a token is multiplied by, all layers
     head_weights: int  # elements
     kv_elements: int  # per token, all layers
     attention_flops: int  # per pair of a query token and a key token, all layers
     weight_itemsize: int
     kv_itemsize: int
+    expert_weights: int = 0  # elements of one expert, in all sparse layers
+    num_experts: int = 1
+    num_experts_per_tok: int = 0
 
     @classmethod
-    def of(cls, config: ModelConfig, weight_itemsize: int = 2, kv_itemsize: int = 2) -> "ModelCost":
+    def of(cls, config: ModelConfig, weight_itemsize: int = 2, kv_itemsize: int = 2, ranks: int = 1) -> "ModelCost":
         hidden, layers = config.hidden_size, config.num_hidden_layers
         q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        sparse = sum(config.is_sparse(layer) for layer in range(layers))
+        expert = sparse * 3 * hidden * config.moe_intermediate_size // ranks
+        dense = (layers - sparse) * 3 * hidden * config.intermediate_size // ranks
+        weights = dense + layers * (hidden * (q + 2 * kv) + q * hidden) // ranks
+        weights += sparse * hidden * config.num_experts + config.num_experts_per_tok * expert
         return cls(
-            layer_weights=layers * (hidden * (q + 2 * kv) + q * hidden + 3 * hidden * config.intermediate_size),
-            head_weights=hidden * config.vocab_size,
-            kv_elements=layers * 2 * kv,
-            attention_flops=layers * 4 * q,
+            layer_weights=weights,
+            head_weights=hidden * config.vocab_size // ranks,
+            kv_elements=layers * 2 * max(kv // ranks, config.head_dim),
+            attention_flops=layers * 4 * q // ranks,
             weight_itemsize=weight_itemsize,
             kv_itemsize=kv_itemsize,
+            expert_weights=expert,
+            num_experts=max(1, config.num_experts),
+            num_experts_per_tok=config.num_experts_per_tok,
         )
 
+    def weight_bytes(self, num_tokens: int = 1) -> int:
+        """Bytes of weights that a step of so many tokens reads."""
+        experts, asked = self.num_experts, self.num_experts_per_tok
+        read = round(experts * (1 - (1 - asked / experts) ** num_tokens) * self.expert_weights)
+        always = self.layer_weights - asked * self.expert_weights
+        return (always + read + self.head_weights) * self.weight_itemsize
+
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that every step reads."""
-        return (self.layer_weights + self.head_weights) * self.weight_itemsize
+    def all_weight_bytes(self) -> int:
+        """Bytes of all weights, of which a step may read fewer."""
+        unread = (self.num_experts - self.num_experts_per_tok) * self.expert_weights
+        return (self.layer_weights + unread + self.head_weights) * self.weight_itemsize
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -90,7 +114,7 @@ class ModelCost:
         lens = list(context_lens)
         context = sum(lens)
         flops = 2 * len(lens) * (self.layer_weights + self.head_weights) + context * self.attention_flops
-        return self.weight_bytes + context * self.kv_bytes_per_token, flops
+        return self.weight_bytes(len(lens)) + context * self.kv_bytes_per_token, flops
 
     def prefill(self, prompt_len: int, cached: int = 0) -> int:
         """FLOPs of computing tokens [cached, prompt_len) of a prompt, and logits of its last one.
@@ -110,7 +134,8 @@ def floor_seconds(workload: Workload, cost: ModelCost, ceilings: Ceilings) -> fl
     tokens. Each is bounded on its own, so the result is the sum over steps of max(bytes / bandwidth, flops / rate).
     """
     pairs = [(len(p), n) for p, n in zip(workload.prompts, workload.output_lens, strict=True)]
-    total = ceilings.seconds(cost.weight_bytes, sum(cost.prefill(length) for length, _ in pairs))
+    prompt_tokens = sum(length for length, _ in pairs)
+    total = ceilings.seconds(cost.weight_bytes(prompt_tokens), sum(cost.prefill(length) for length, _ in pairs))
     for step in range(1, max(workload.output_lens)):
         total += ceilings.seconds(*cost.decode_step(length + step for length, n in pairs if n > step))
     return total

@@ -9,7 +9,8 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from typing import Protocol, Self
+from collections.abc import Callable
+from typing import Any, Protocol, Self
 
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.block_manager import BlockManager
@@ -24,12 +25,20 @@ from nanovllm_bento.engine.messages import (
     pack_tokens,
     token_array,
 )
-from nanovllm_bento.engine.model_runner import ModelRunner, choose_device
+from nanovllm_bento.engine.model_runner import ModelRunner, check_split, choose_device, connect
+from nanovllm_bento.engine.ranks import Ranks
 from nanovllm_bento.engine.request import check_score, resolve_request
 from nanovllm_bento.engine.scheduler import Batch, Scheduler
 from nanovllm_bento.engine.sequence import Sequence
-from nanovllm_bento.errors import ConfigError, DeviceMemoryError, InvalidRequestError
+from nanovllm_bento.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    EngineDeadError,
+    InvalidRequestError,
+    NanoVLLMError,
+)
 from nanovllm_bento.hub import eos_token_ids, load_config_dict, resolve_model
+from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.sampling_params import SamplingParams
 
@@ -78,9 +87,10 @@ class EngineCore:
         eos_token_ids: list[int],
         hash_seed: int | None = None,
         startup_seconds: dict[str, float] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         config = _with_step_size(config)
-        self.config, self.runner = config, runner
+        self.config, self.runner, self.ranks = config, runner, ranks
         self.block_manager = BlockManager(
             runner.num_blocks,
             config.block_size,
@@ -114,21 +124,67 @@ class EngineCore:
             )
 
     @classmethod
-    def from_model(cls, config: EngineConfig, *, hash_seed: int | None = None) -> Self:
-        """Load config.model and be ready to run. Raises ModelError or ConfigError."""
+    def from_model(
+        cls,
+        config: EngineConfig,
+        *,
+        hash_seed: int | None = None,
+        on_rank_failure: Callable[[NanoVLLMError], None] = lambda error: None,
+        **rank_options: Any,
+    ) -> Self:
+        """Load config.model and be ready to run; with tensor_parallel_size above 1 start the other ranks (``close``).
+
+        on_rank_failure: called from another thread when one of them fails; whatever this rank does then raises that
+        failure too, at the latest when its GPU no longer waits for the other. rank_options: further ones of ``Ranks``.
+
+        Raises ModelError or ConfigError, and RankError.
+        """
         started = time.perf_counter()
         files = resolve_model(config.model, config.revision)
         model_config = ModelConfig.from_dict(load_config_dict(files))
         eos = eos_token_ids(files)
         seconds = {"resolve_model": time.perf_counter() - started}
         config = _with_step_size(config)
-        runner = ModelRunner(config, model_config, files)
-        seconds |= runner.startup_seconds
-        core = cls(config, runner, eos_token_ids=eos, hash_seed=hash_seed, startup_seconds=seconds)
-        started = time.perf_counter()
-        core._warm_up()
+        size = config.tensor_parallel_size
+        ranks, group, publish = None, SINGLE, None
+        if size > 1:
+            check_split(model_config, size)
+            device = choose_device(config.device, size - 1).type
+            groups: list[ParallelGroup] = []
+
+            def failed(error: NanoVLLMError) -> None:
+                on_rank_failure(error)
+                for connected in groups:
+                    connected.close()  # else the GPU waits for that rank for ever, and this process for the GPU
+
+            ranks = Ranks(config, size, device=device, on_failure=failed, **rank_options)  # type: ignore[arg-type]
+            publish = ranks.publish
+        try:
+            if ranks is not None:
+                group = connect(config, model_config, 0, size, ranks.store, ranks.check)
+                groups.append(group)
+            runner = ModelRunner(config, model_config, files, group, publish)
+            seconds |= runner.startup_seconds
+            core = cls(config, runner, eos_token_ids=eos, hash_seed=hash_seed, startup_seconds=seconds, ranks=ranks)
+            started = time.perf_counter()
+            core._warm_up()
+        except BaseException as error:
+            if ranks is None:
+                raise
+            cause = None if isinstance(error, NanoVLLMError) else ranks.cause()
+            ranks.close()
+            if cause is None:
+                raise
+            raise type(cause)(str(cause)) from error
+        if ranks is not None:
+            ranks.watch_steps()
         seconds["warm_up"] = time.perf_counter() - started
         return core
+
+    def close(self) -> None:
+        """End the other ranks; the engine cannot be used afterwards. May be called again."""
+        if self.ranks is not None:
+            self.ranks.close()
 
     @property
     def has_work(self) -> bool:
@@ -209,7 +265,23 @@ class EngineCore:
         self.scheduler.abort(request_id)
 
     def step(self) -> list[tuple[Sequence, OutputItem]]:
-        """Launch the next step, then collect the one before it. Returns what became known, maybe nothing."""
+        """Launch the next step, then collect the one before it. Returns what became known, maybe nothing.
+
+        Raises what another rank has failed with, RankError as a rule; nothing more can be computed then.
+        """
+        if self.ranks is None:
+            return self._step()
+        try:
+            return self._step()
+        except EngineDeadError:
+            raise
+        except Exception as error:  # a collective that broke, as a rule because another rank has
+            cause = self.ranks.cause()
+            if cause is None:
+                raise
+            raise type(cause)(str(cause)) from error
+
+    def _step(self) -> list[tuple[Sequence, OutputItem]]:
         expired = self.scheduler.expire(time.monotonic()) if self.scheduler.deadlines else []
         batch = self.scheduler.schedule()
         launched, failure = None, None

@@ -14,7 +14,6 @@ import torch
 
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.errors import ConfigError
-from nanovllm_bento.models.config import ModelConfig
 
 _CPU_CACHE_BYTES = 4 << 30
 GRAPH_BYTES = 192 << 20
@@ -37,26 +36,31 @@ class MemoryUse:
     graphs: int
 
 
-def block_bytes(model_config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block: keys and values of ``block_size`` tokens in all layers."""
-    mc = model_config
-    return 2 * mc.num_hidden_layers * block_size * mc.num_key_value_heads * mc.head_dim * dtype.itemsize
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a block holds on this rank: keys and values of ``block_size`` tokens in all layers."""
+
+    num_layers: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
-def allocate(
-    num_blocks: int, model_config: ModelConfig, block_size: int, dtype: torch.dtype, device: torch.device
-) -> list[KVCache]:
+def allocate(num_blocks: int, layout: Layout, device: torch.device) -> list[KVCache]:
     """(k_cache, v_cache) of each layer, [num_blocks, block_size, num_kv_heads, head_dim], all zero.
 
     Raises ConfigError if the device has no room for them.
     """
-    shape = (num_blocks, block_size, model_config.num_key_value_heads, model_config.head_dim)
+    shape, dtype = (num_blocks, layout.block_size, layout.num_kv_heads, layout.head_dim), layout.dtype
     try:
-        return [
-            (_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(model_config.num_hidden_layers)
-        ]
+        return [(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(layout.num_layers)]
     except torch.OutOfMemoryError:
-        wanted = num_blocks * block_bytes(model_config, block_size, dtype)
+        wanted = num_blocks * layout.block_bytes
         raise ConfigError(
             f"a KV cache of {num_blocks} blocks ({_gib(wanted)}) does not fit the GPU's free memory. Lower "
             "num_gpu_blocks_override, kv_cache_memory_bytes or gpu_memory_utilization."
@@ -65,9 +69,8 @@ def allocate(
 
 def num_blocks_that_fit(
     config: EngineConfig,
-    model_config: ModelConfig,
+    layout: Layout,
     max_model_len: int,
-    dtype: torch.dtype,
     device: torch.device,
     measure: Callable[[], MemoryUse],
 ) -> int:
@@ -77,7 +80,7 @@ def num_blocks_that_fit(
     """
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override
-    per_block = block_bytes(model_config, config.block_size, dtype)
+    per_block = layout.block_bytes
     blocks_per_seq = -(-max_model_len // config.block_size)
     use = None
     if config.kv_cache_memory_bytes is not None:

@@ -1,8 +1,8 @@
 """Scales of an fp8 KV cache: a cached value times its layer's scale is the true one.
 
 From the checkpoint if it brings them for every layer; otherwise each layer's largest key and value over a run of
-random tokens, with room above. e4m3 keeps its relative precision over four orders of magnitude, so the room costs
-nothing and the scale only has to keep large values from clamping at 448.
+random tokens, on whichever rank, with room above. e4m3 keeps its relative precision over four orders of magnitude, so
+the room costs nothing and the scale only has to keep large values from clamping at 448.
 """
 
 import math
@@ -27,7 +27,7 @@ def set_kv_scales(
     """Set k_scale and v_scale of every layer, from the checkpoint or calibrated.
 
     Raises ConfigError if they cannot be calibrated. Call it before the model gets its attention backend: calibration
-    runs with one of its own.
+    runs with one of its own. All ranks of the model's group call it together.
     """
     if all(attention.checkpoint_scales is not None for attention in model.attentions):
         for attention in model.attentions:
@@ -49,19 +49,20 @@ def set_kv_scales(
     )
     backend = TorchAttention(num_tokens, dtype)
     model.set_attention_backend(backend)
-    shape = (1, num_tokens, model_config.num_key_value_heads, model_config.head_dim)
-    caches = [
-        (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-        for _ in model.attentions
-    ]
+    caches = []
+    for attention in model.attentions:
+        shape = (1, num_tokens, attention.num_kv_heads, model_config.head_dim)
+        caches.append((torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)))
     with torch.inference_mode():
         backend.prepare(meta)
         model(ids, positions, caches, meta)
-    for attention, (keys, values) in zip(model.attentions, caches, strict=True):
-        largest = [float(cache.abs().amax()) for cache in (keys, values)]
-        if not all(map(math.isfinite, largest)):
-            raise ConfigError(
-                f"kv_cache_dtype='fp8_e4m3' cannot be calibrated: in {dtype} this model has keys or values that are "
-                "not finite."
-            )
-        attention.k_scale, attention.v_scale = (max(value * ROOM / FP8_MAX, 1e-8) for value in largest)
+        largest = torch.stack([cache.abs().amax().float() for layer in caches for cache in layer]).view(-1, 2)
+        largest = largest.nan_to_num(math.inf, posinf=math.inf)  # a maximum over ranks may pass over what is no number
+        model.group.maximum(largest)
+    if not largest.isfinite().all():
+        raise ConfigError(
+            f"kv_cache_dtype='fp8_e4m3' cannot be calibrated: in {dtype} this model has keys or values that are not "
+            "finite."
+        )
+    for attention, pair in zip(model.attentions, largest.tolist(), strict=True):
+        attention.k_scale, attention.v_scale = (max(value * ROOM / FP8_MAX, 1e-8) for value in pair)

@@ -9,6 +9,7 @@ runs eagerly. ``launch`` never waits for the device; ``InFlight.wait`` does, for
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,13 +21,14 @@ from nanovllm_bento.engine.cuda_graphs import DecodeGraphs, GraphPool, PromptGra
 from nanovllm_bento.engine.kv_scales import set_kv_scales
 from nanovllm_bento.engine.prompt_buffers import PromptBuffers, put
 from nanovllm_bento.engine.scheduler import Batch
-from nanovllm_bento.engine.step_inputs import DecodeStep, StepBuilder, TokenStep
+from nanovllm_bento.engine.step_inputs import DecodeStep, StepBuilder, TokenStep, decoder, encoder
 from nanovllm_bento.errors import ConfigError, DeviceMemoryError
-from nanovllm_bento.hub import ModelFiles
+from nanovllm_bento.hub import ModelFiles, load_config_dict, resolve_model
 from nanovllm_bento.kernels.attention import select_backend
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs, store_tokens
 from nanovllm_bento.kernels.linear import best_cpu_dtype
+from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup, split_heads
 from nanovllm_bento.layers.sampler import Sampler, score_rows
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.loader import load_model
@@ -60,12 +62,23 @@ class InFlight:
 class ModelRunner:
     """One device's model, KV cache and per-slot state.
 
+    group: this rank of a tensor-parallel engine; every rank makes a runner of the same config. publish: of rank 0,
+    brings a step's inputs, as bytes, to the other ranks, which ``execute`` them.
+
     Raises ModelError if the model cannot be loaded, ConfigError if the settings do not fit it or the machine.
     """
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, files: ModelFiles) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        files: ModelFiles,
+        group: ParallelGroup = SINGLE,
+        publish: Callable[[bytes], None] | None = None,
+    ) -> None:
         self.config, self.model_config = config, model_config
-        self.torch_device = choose_device(config.device)
+        self.group, self.publish = group, publish
+        self.torch_device = choose_device(config.device, group.rank)
         self.on_gpu = self.torch_device.type == "cuda"
         self.torch_dtype = _choose_dtype(config.dtype, model_config, self.torch_device)
         self.device, self.dtype = str(self.torch_device), str(self.torch_dtype).removeprefix("torch.")
@@ -77,17 +90,20 @@ class ModelRunner:
         self.startup_seconds: dict[str, float] = {}
         self.max_model_len = self._max_model_len()
 
+        heads = split_heads(model_config.num_attention_heads, model_config.num_key_value_heads, group)
+        self.num_kv_heads = heads.num_kv_heads
         if config.batch_invariant and not self.on_gpu:
             raise ConfigError("batch_invariant=True needs a GPU; on a CPU float32 comes close (dtype='float32').")
         started = time.perf_counter()
         if self.on_gpu:
             torch.cuda.init()
+            torch.cuda.set_device(self.torch_device)
             torch.zeros(1, device=self.torch_device)
             started = self._phase("cuda_context", started)
         self.backend = select_backend(
             config.attention_backend,
-            num_heads=model_config.num_attention_heads,
-            num_kv_heads=model_config.num_key_value_heads,
+            num_heads=heads.num_heads,
+            num_kv_heads=heads.num_kv_heads,
             head_dim=model_config.head_dim,
             dtype=self.torch_dtype,
             kv_dtype=self.kv_dtype,
@@ -105,6 +121,8 @@ class ModelRunner:
             load_format=config.load_format,
             seed=config.seed,
             max_positions=self.max_model_len,
+            group=group,
+            expert_parallel=config.enable_expert_parallel,
         )
         if self.kv_dtype == torch.float8_e4m3fn:
             set_kv_scales(self.model, model_config, self.torch_dtype, self.torch_device)
@@ -113,12 +131,12 @@ class ModelRunner:
             self.model.set_batch_invariant()
         started = self._phase("load_weights", started)
 
-        self.num_blocks = kv_cache.num_blocks_that_fit(
-            config, model_config, self.max_model_len, self.kv_dtype, self.torch_device, self._measure
+        layout = kv_cache.Layout(
+            model_config.num_hidden_layers, config.block_size, self.num_kv_heads, model_config.head_dim, self.kv_dtype
         )
-        self.kv_caches = kv_cache.allocate(
-            self.num_blocks, model_config, config.block_size, self.kv_dtype, self.torch_device
-        )
+        num_blocks = kv_cache.num_blocks_that_fit(config, layout, self.max_model_len, self.torch_device, self._measure)
+        self.num_blocks = group.minimum(num_blocks, self.torch_device)  # a block is a block on every rank
+        self.kv_caches = kv_cache.allocate(self.num_blocks, layout, self.torch_device)
         if config.max_model_len is None:
             self.max_model_len = min(self.max_model_len, self.num_blocks * config.block_size)
         started = self._phase("kv_cache", started)
@@ -136,9 +154,13 @@ class ModelRunner:
     def launch(self, batch: Batch) -> InFlight:
         """Enqueue one step. Its tokens feed the next launch on the device, whether or not they were waited for."""
         inputs = self._inputs(batch)
+        if self.publish is not None:
+            self.publish(encoder.encode(inputs))
         try:
             tokens, scores = self.execute(inputs)
         except torch.OutOfMemoryError:
+            if self.group.size > 1:
+                raise  # the other ranks are in the middle of this step: it cannot begin again
             tokens = None  # and let go of the tensors that the exception holds
         if tokens is None:
             torch.cuda.empty_cache()  # what steps of other sizes left behind may be enough
@@ -184,7 +206,9 @@ class ModelRunner:
         self.query_starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
         self.logits = torch.empty(config.max_num_seqs, self.vocab_size, dtype=self.torch_dtype, device=device)
         pool = GraphPool()
-        self.graphs = DecodeGraphs(pool, config.max_num_seqs, self._decode_logits, self._decode_tokens)
+        self.graphs = DecodeGraphs(
+            pool, config.max_num_seqs, self._decode_logits, self._decode_tokens, must_fit=self.group.size > 1
+        )
         with torch.inference_mode():
             self.graphs.capture()
         if self.backend.captures_prefill:
@@ -362,7 +386,7 @@ class ModelRunner:
     def _dummy_step(self, lens: list[int], num_sampled: int) -> None:
         size = self.block_size
         width = -(-max(lens) // size)
-        shape = (width, size, self.model_config.num_key_value_heads, self.model_config.head_dim)
+        shape = (width, size, self.num_kv_heads, self.model_config.head_dim)
         cache = [torch.zeros(shape, dtype=self.kv_dtype, device=self.torch_device) for _ in range(2)]
         decode = max(lens) == 1
         meta = AttentionMetadata(
@@ -416,11 +440,61 @@ class ModelRunner:
         return limit if wanted is None else wanted
 
 
-def choose_device(name: str) -> torch.device:
-    """The device that setting ``device`` names; raises ConfigError if it is not there."""
+class RankExecutor:
+    """A tensor-parallel rank other than 0: does on its device what rank 0 does on its own."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner, self.startup_seconds = runner, runner.startup_seconds
+
+    def execute(self, payload: memoryview) -> None:
+        """Enqueue a step of rank 0's runner, given as what that one published."""
+        self.runner.execute(decoder.decode(payload))
+
+
+def rank_executor(config: EngineConfig, rank: int, size: int, store: Path) -> RankExecutor:
+    """The executor of rank ``rank`` (see rank_worker.py): meets the others in ``store`` and loads its part."""
+    files = resolve_model(config.model, config.revision)
+    model_config = ModelConfig.from_dict(load_config_dict(files))
+    group = connect(config, model_config, rank, size, store)
+    return RankExecutor(ModelRunner(config, model_config, files, group))
+
+
+def check_split(model_config: ModelConfig, size: int) -> None:
+    """Raises ConfigError if the model cannot be split over ``size`` ranks."""
+    split_heads(model_config.num_attention_heads, model_config.num_key_value_heads, ParallelGroup(0, size))
+
+
+def connect(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    rank: int,
+    size: int,
+    store: Path,
+    check: Callable[[], None] = lambda: None,
+) -> ParallelGroup:
+    """Meet the other ranks. check: called while waiting for them; it may raise. Raises ConfigError if this machine
+    lacks the rank's device."""
+    device = choose_device(config.device, rank)
+    if device.type == "cpu":  # the ranks share this machine's cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    row_bytes = model_config.hidden_size * _choose_dtype(config.dtype, model_config, device).itemsize
+    return ParallelGroup.connect(
+        rank, size, store, device, max_row_bytes=row_bytes, batch_invariant=config.batch_invariant, check=check
+    )
+
+
+def choose_device(name: str, rank: int = 0) -> torch.device:
+    """The device that setting ``device`` names, of a rank; raises ConfigError if it is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no GPU here. Use device='cpu' or 'auto'.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel_size needs a GPU for each rank, and there is none for rank {rank}: torch sees "
+            f"{torch.cuda.device_count()}."
+        )
+    return torch.device("cuda", rank)
 
 
 def _choose_dtype(name: str, model_config: ModelConfig, device: torch.device) -> torch.dtype:

@@ -74,7 +74,7 @@ def _pack(value: Array) -> tuple[str, tuple[int, ...], bytes]:
 
 def _unpack(kind: type, packed: tuple[str, tuple[int, ...], bytes]) -> Array:
     dtype, shape, data = packed
-    return np.frombuffer(data, dtype).reshape(shape)
+    return np.frombuffer(bytearray(data), dtype).reshape(shape)  # torch wants arrays that may be written to
 
 
 encoder = msgspec.msgpack.Encoder(enc_hook=_pack)

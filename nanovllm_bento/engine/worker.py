@@ -15,6 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import zmq
@@ -39,7 +40,7 @@ from nanovllm_bento.engine.messages import (
 )
 from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, open_pidfd, start_time
 from nanovllm_bento.engine.sequence import Sequence
-from nanovllm_bento.errors import InvalidRequestError, NanoVLLMError
+from nanovllm_bento.errors import EngineError, InvalidRequestError, NanoVLLMError, RankError
 
 logger = logging.getLogger("nanovllm_bento.engine.worker")  # its __name__ is __main__
 
@@ -162,6 +163,14 @@ def main() -> None:
             os._exit(0)
         server.drain(args.drain_timeout if server.drain_until is None else 0.0)  # the second signal: at once
 
+    def fail(error: NanoVLLMError) -> NoReturn:
+        """End at once: a step may hang in another thread. What cannot start as configured is not started again."""
+        is_hopeless = server is None and not isinstance(error, EngineError)
+        if is_hopeless:
+            (folder / "engine.error").write_text(str(error))
+        logger.error("the engine cannot start: %s" if server is None else "the engine ends: %s", error)
+        os._exit(2 if is_hopeless else 1)
+
     on_sigterm(args.owner_pid, drain)
     end_with_owner(args.owner_pid, folder)
     (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
@@ -172,11 +181,15 @@ def main() -> None:
     socket.bind(f"ipc://{folder}/engine.sock")
     started = time.perf_counter()
     try:
-        core = EngineCore.from_model(EngineConfig.create(env={}, **args.config), hash_seed=args.hash_seed)
+        core = EngineCore.from_model(
+            EngineConfig.create(env={}, **args.config),
+            hash_seed=args.hash_seed,
+            on_rank_failure=fail,
+            log_format=args.log_format,
+            log_level=args.log_level,
+        )
     except NanoVLLMError as e:
-        (folder / "engine.error").write_text(str(e))
-        logger.error("the engine cannot start: %s", e)
-        sys.exit(2)
+        fail(e)
     core.info.startup_seconds["total_engine"] = time.perf_counter() - started
     server = EngineServer(core, socket, args.epoch, args.heartbeat_interval)
 
@@ -187,9 +200,12 @@ def main() -> None:
     gc.freeze()  # what start-up made stays; the collector need not look at it again in the middle of a step
     try:
         server.run()
+    except RankError as e:
+        fail(e)
     except Exception:
         logger.exception("the engine failed")
         os._exit(1)  # what is open goes on in the next engine; do not wait for sockets
+    core.close()
     socket.close()
 
 

@@ -105,6 +105,15 @@ def norm_gate_up(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, *, 
     return launch("norm_gate_up", x, weight, out, config, norm_weight, eps)
 
 
+def gate_up(x: Tensor, weight: Tensor, *, config: Config | None = None) -> Tensor:
+    """silu(g) * u of [g | u] = x @ weight.T; x: [rows, k], weight: [2n, k]. Returns [rows, n]."""
+    if not x.is_cuda:
+        return gate_up_reference(x, weight)
+    from nanovllm_bento.kernels.skinny_triton import launch
+
+    return launch("gate_up", x, weight, x.new_empty(x.shape[0], weight.shape[0] // 2), config)
+
+
 def linear_add(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, config: Config | None = None
 ) -> Tensor:
@@ -130,7 +139,11 @@ def norm_linear_reference(x: Tensor, norm_weight: Tensor, eps: float, weight: Te
 
 
 def norm_gate_up_reference(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
-    gate, up = _linear_float32(rms_norm_reference(x, norm_weight, eps), weight, None).chunk(2, -1)
+    return gate_up_reference(rms_norm_reference(x, norm_weight, eps), weight)
+
+
+def gate_up_reference(x: Tensor, weight: Tensor) -> Tensor:
+    gate, up = _linear_float32(x, weight, None).chunk(2, -1)
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
@@ -146,13 +159,18 @@ def _linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
+def is_gated(operation: str) -> bool:
+    """Whether the weight is two matrices, gate over up."""
+    return operation.endswith("gate_up")
+
+
 @cache
 def choose_config(operation: str, rows: int, n: int, k: int, itemsize: int) -> Config:
     """The measured configuration of a shape, or one in whose spirit: weights of a whole program in flight, one wave."""
     bucket = 1 << (rows - 1).bit_length()
     if itemsize == 2 and (operation, bucket, n, k) in TUNED:
         return TUNED[operation, bucket, n, k]
-    matrices = 2 if operation == "norm_gate_up" else 1
+    matrices = 2 if is_gated(operation) else 1
     if rows <= VECTOR_ROWS or itemsize == 4:  # float32 would lose its precision, or its speed, on tensor cores
         return _vector_config(rows, n, k, itemsize, matrices, normed=operation.startswith("norm"))
     return _matrix_config(n, k, matrices)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_bento.kernels.launch import use_pdl
-from nanovllm_bento.kernels.skinny import Config, choose_config
+from nanovllm_bento.kernels.skinny import Config, choose_config, is_gated
 
 DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -247,11 +247,12 @@ def launch(
 ) -> Tensor:
     """Fill ``out`` [m, n] (``linear_add``: add to it) by the kernel that ``config``, or the shape, asks for; return it.
 
-    x: [m, k], its rows may be apart; weight: [n, k], or [2n, k] for ``norm_gate_up``. ``pdl`` None: where it works.
+    x: [m, k], its rows may be apart; weight: [n, k], or [2n, k] for the gated. ``pdl`` None: where it works.
     """
     m, k = x.shape
     n = out.shape[1]
-    assert weight.shape == (2 * n if operation == "norm_gate_up" else n, k) and out.shape[0] == m
+    gated = is_gated(operation)
+    assert weight.shape == (2 * n if gated else n, k) and out.shape[0] == m
     assert weight.is_contiguous() and out.is_contiguous() and x.stride(1) == 1
     assert config is None or not config.split or m <= config.block_m
     config = config or choose_config(operation, m, n, k, x.element_size())
@@ -259,7 +260,7 @@ def launch(
     settings = {"launch_pdl": True} if pdl else {}
     grid = (triton.cdiv(n, config.block_n),)
     even_n = n % config.block_n == 0
-    flags = (even_n, norm_weight is not None, operation == "norm_gate_up", operation == "linear_add", bias is not None)
+    flags = (even_n, norm_weight is not None, gated, operation == "linear_add", bias is not None)
     sizes = (config.block_n, config.block_k)
     if config.split:
         # The interpreter multiplies no bfloat16.

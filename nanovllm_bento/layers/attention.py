@@ -10,11 +10,16 @@ from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMet
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, qk_norm_rope_store
 from nanovllm_bento.layers.linear import MergedLinear
 from nanovllm_bento.layers.norm import RMSNorm
-from nanovllm_bento.layers.weight_spec import WeightSpec
+from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup, split_heads
+from nanovllm_bento.layers.weight_spec import Shard, WeightSpec
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary embeddings and, if ``qk_norm``, RMSNorm of each query and key head."""
+    """Grouped-query attention with rotary embeddings and, if ``qk_norm``, RMSNorm of each query and key head.
+
+    Made with the model's numbers of heads; ``num_heads`` and ``num_kv_heads`` are those that this rank of ``group``
+    holds, and its output is then a partial sum. Raises ConfigError if the heads cannot be split.
+    """
 
     def __init__(
         self,
@@ -28,18 +33,20 @@ class Attention(nn.Module):
         qk_norm: bool,
         eps: float,
         dtype: torch.dtype,
+        group: ParallelGroup = SINGLE,
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
+        heads = split_heads(num_heads, num_kv_heads, group)
+        self.num_heads = heads.num_heads
+        self.num_kv_heads = heads.num_kv_heads
         self.eps = eps
         self.scale = head_dim**-0.5
         self.k_scale = self.v_scale = 1.0  # what a cached key or value is to be multiplied by
         self.checkpoint_scales: tuple[float, float] | None = None
-        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv = MergedLinear(hidden_size, parts, bias=qkv_bias, dtype=dtype)
-        self.out = MergedLinear(q_size, {"o_proj": hidden_size}, bias=o_bias, dtype=dtype, shard_dim=1)
+        q = _heads_shard(num_heads, heads.first_head, heads.num_heads, head_dim)
+        kv = _heads_shard(num_kv_heads, heads.first_kv_head, heads.num_kv_heads, head_dim)
+        self.qkv = MergedLinear(hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=qkv_bias, dtype=dtype)
+        self.out = MergedLinear(q, {"o_proj": hidden_size}, bias=o_bias, dtype=dtype)
         self.q_norm = RMSNorm(head_dim, eps, dtype=dtype) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps, dtype=dtype) if qk_norm else None
         self.head_norm_weight: Tensor | None = None
@@ -51,6 +58,12 @@ class Attention(nn.Module):
         """x: [num_tokens, hidden_size] -> the same shape. Writes this step's keys and values into kv_cache."""
         out: Tensor = self.out(self.attend(self.qkv(x), step, kv_cache, meta))
         return out
+
+    def forward_skinny(
+        self, x: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
+    ) -> Tensor:
+        """``forward`` for a handful of tokens on a GPU (``skinny.supports``)."""
+        return self.out.forward_skinny(self.attend(self.qkv.forward_skinny(x), step, kv_cache, meta))
 
     def attend(
         self, qkv: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
@@ -95,3 +108,7 @@ class Attention(nn.Module):
             q_rows = self.q_norm.weight.data.expand(self.num_heads, -1)
             k_rows = self.k_norm.weight.data.expand(self.num_kv_heads, -1)
             self.head_norm_weight = torch.cat((q_rows, k_rows))
+
+
+def _heads_shard(total: int, first: int, count: int, head_dim: int) -> Shard:
+    return Shard(total * head_dim, first * head_dim, (first + count) * head_dim, count * head_dim)

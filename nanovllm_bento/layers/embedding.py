@@ -1,4 +1,4 @@
-"""Token embedding and LM head, which may share one matrix."""
+"""Token embedding and LM head, which may share one matrix. Ranks split both over the vocabulary."""
 
 from collections.abc import Iterator
 
@@ -7,22 +7,35 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from nanovllm_bento.kernels.linear import linear, pack_weight
-from nanovllm_bento.layers.weight_spec import WeightSpec, meta_parameter
+from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
+from nanovllm_bento.layers.weight_spec import WeightSpec, meta_parameter, split, whole
 
 
 class TokenEmbedding(nn.Module):
-    """weight: [vocab_size, hidden_size]."""
+    """weight: [vocab_size, hidden_size]; with several ranks each one's rows between two rows of zeros."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, group: ParallelGroup = SINGLE) -> None:
         super().__init__()
-        self.weight = meta_parameter(vocab_size, hidden_size, dtype=dtype)
+        self.group = group
+        self.shard = split(vocab_size, group)
+        self.hidden = whole(hidden_size)
+        self.margin = 0 if group.size == 1 else 1
+        self.weight = meta_parameter(self.shard.length + 2 * self.margin, hidden_size, dtype=dtype)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: int64 [num_tokens] -> [num_tokens, hidden_size]."""
-        return embedding(input_ids, self.weight)
+        if self.group.size == 1:
+            return embedding(input_ids, self.weight)
+        rows = (input_ids - (self.shard.start - 1)).clamp_(0, self.shard.length + 1)  # other ranks' ids: zeros
+        return self.group.all_reduce(embedding(rows, self.weight))
+
+    @property
+    def rows(self) -> Tensor:
+        """The vocabulary's rows that this rank holds, padded to a length that is the same on all ranks."""
+        return self.weight.data[self.margin : self.margin + self.shard.length]
 
     def weight_specs(self, name: str) -> Iterator[WeightSpec]:
-        yield WeightSpec(f"{name}.weight", self, "weight", tuple(self.weight.shape), shard_dim=0)
+        yield WeightSpec.of(f"{name}.weight", self, "weight", (self.shard, self.hidden), self.margin)
 
 
 class LMHead(nn.Module):
@@ -36,25 +49,37 @@ class LMHead(nn.Module):
     def __init__(self, embed: TokenEmbedding, *, tied: bool) -> None:
         super().__init__()
         self.tied = tied
-        self.weight = None if tied else meta_parameter(*embed.weight.shape, dtype=embed.weight.dtype)
+        self.group, self.shard, self.hidden = embed.group, embed.shard, embed.hidden
+        shape = self.shard.length, self.hidden.size
+        self.weight = None if tied else meta_parameter(*shape, dtype=embed.weight.dtype)
         self.packed: Tensor | None = None
         self.batch_invariant = False
 
     def forward(self, hidden: Tensor, embed: TokenEmbedding, out: Tensor | None = None) -> Tensor:
-        """hidden: [rows, hidden_size] -> [rows, vocab_size], written into ``out`` if given.
+        """hidden: [rows, hidden_size] -> [rows, vocab_size], on every rank, written into ``out`` if given.
 
         On a GPU in the model's dtype, which the sampler widens as it reads; on a CPU in float32.
         """
-        weight = embed.weight if self.tied else self.weight
-        logits = linear(hidden, weight, None, self.packed, batch_invariant=self.batch_invariant, out=out)
+        weight = embed.rows if self.tied else self.weight
+        alone = self.group.size == 1
+        logits = linear(
+            hidden,
+            weight,
+            None,
+            self.packed,
+            batch_invariant=self.batch_invariant,
+            out=out if alone else None,
+        )
+        if not alone:
+            logits = self.group.all_gather(logits)[:, : self.shard.size]
+            logits = logits.contiguous() if out is None else out.copy_(logits)
         return logits if logits.is_cuda else logits.float()
 
     def weight_specs(self, name: str) -> Iterator[WeightSpec]:
         if self.weight is not None:
-            yield WeightSpec(f"{name}.weight", self, "weight", tuple(self.weight.shape), shard_dim=0)
+            yield WeightSpec.of(f"{name}.weight", self, "weight", (self.shard, self.hidden))
 
     def finalize(self, embed: TokenEmbedding) -> None:
-        weight = embed.weight if self.weight is None else self.weight
-        self.packed = pack_weight(weight.data)
+        self.packed = pack_weight(embed.rows if self.weight is None else self.weight.data)
         if self.packed is not None:
             self.weight = None

@@ -5,29 +5,32 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.linear import linear, pack_weight
-from nanovllm_bento.layers.weight_spec import WeightSpec, meta_parameter
+from nanovllm_bento.layers.weight_spec import Shard, WeightSpec, meta_parameter, whole
 
 
 class MergedLinear(nn.Module):
     """y = x W^T + b with W [sum of out_features, in_features], the parts stacked in the order given.
 
-    parts: checkpoint module name -> its out_features. shard_dim: which dimension of each part's weight
-    tensor-parallel ranks will split: 0 (column parallel) or 1 (row parallel, then the bias is not split).
+    parts: checkpoint module name -> its out_features. A Shard instead of a number is what this rank holds of that
+    dimension. Of out_features (column parallel): the results are this rank's columns. Of in_features (row parallel): x
+    is this rank's columns, and the results are partial sums, to which one rank, the first, adds the bias.
     """
 
     weight: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, parts: Mapping[str, int], *, bias: bool, dtype: torch.dtype, shard_dim: int = 0
+        self, in_features: int | Shard, parts: Mapping[str, int | Shard], *, bias: bool, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.parts = dict(parts)
-        self.shard_dim = shard_dim
-        out_features = sum(parts.values())
-        self.weight = meta_parameter(out_features, in_features, dtype=dtype)
-        self.bias = meta_parameter(out_features, dtype=dtype) if bias else None
+        self.inputs = _shard(in_features)
+        self.outputs = {name: _shard(part) for name, part in parts.items()}
+        self.in_features = self.inputs.length
+        out_features = sum(part.length for part in self.outputs.values())
+        self.weight = meta_parameter(out_features, self.in_features, dtype=dtype)
+        self.has_bias = bias
+        self.bias = meta_parameter(out_features, dtype=dtype) if bias and self.inputs.start == 0 else None
         self.packed: Tensor | None = None
         self.batch_invariant = False
 
@@ -35,14 +38,19 @@ class MergedLinear(nn.Module):
         """x: [num_tokens, in_features] -> [num_tokens, out_features]."""
         return linear(x, self.weight, self.bias, self.packed, batch_invariant=self.batch_invariant)
 
+    def forward_skinny(self, x: Tensor) -> Tensor:
+        """The same for a handful of tokens on a GPU (``skinny.supports``)."""
+        assert self.weight is not None
+        return skinny.linear(x, self.weight, self.bias)
+
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         row = 0
-        for part, rows in self.parts.items():
-            name = f"{prefix}{part}"
-            yield WeightSpec(f"{name}.weight", self, "weight", (rows, self.in_features), row, self.shard_dim)
-            if self.bias is not None:
-                yield WeightSpec(f"{name}.bias", self, "bias", (rows,), row, 0 if self.shard_dim == 0 else None)
-            row += rows
+        for part, rows in self.outputs.items():
+            yield WeightSpec.of(f"{prefix}{part}.weight", self, "weight", (rows, self.inputs), row)
+            if self.has_bias:
+                taken = rows if self.bias is not None else Shard(rows.size, 0, 0, 0)
+                yield WeightSpec.of(f"{prefix}{part}.bias", self, "bias", (taken,), row)
+            row += rows.length
 
     def finalize(self) -> None:
         """Pack the weight if that pays on this device, and drop the plain copy then."""
@@ -50,3 +58,7 @@ class MergedLinear(nn.Module):
         self.packed = pack_weight(self.weight.data)
         if self.packed is not None:
             self.weight = None
+
+
+def _shard(size: int | Shard) -> Shard:
+    return whole(size) if isinstance(size, int) else size

@@ -22,6 +22,8 @@ _REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
+_UNSUPPORTED_EXPERTS = ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size", "n_group")
+"""Fields of other mixtures of experts (DeepSeek's, Qwen2's): set, they would change what is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,9 @@ class ModelConfig:
 
     head_dim may differ from hidden_size / num_attention_heads. attention_bias, o_bias and mlp_bias say which linear
     layers (q, k and v; the attention's output; gate, up and down) have a bias.
+
+    Mixture of experts: num_experts of moe_intermediate_size, num_experts_per_tok of them for each token, whose weights
+    add up to one if norm_topk_prob; ``is_sparse`` says in which layers. num_experts 0: in none.
     """
 
     architecture: str
@@ -50,6 +55,18 @@ class ModelConfig:
     hidden_act: str
     dtype: DType
     sliding_window: int | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+
+    def is_sparse(self, layer_index: int) -> bool:
+        """Whether the layer's MLP is a mixture of experts, not one MLP of intermediate_size."""
+        if not self.num_experts or layer_index in self.mlp_only_layers:
+            return False
+        return (layer_index + 1) % self.decoder_sparse_step == 0
 
     @property
     def max_context(self) -> int:
@@ -81,10 +98,12 @@ class ModelConfig:
             )
         check_architecture(known[0] if known else str(architectures[0]))
         architecture = known[0]
+        if architecture == "Qwen3MoeForCausalLM":  # read only where a layer is dense
+            d = {"intermediate_size": 6144, **d}
         missing = [name for name in _REQUIRED if d.get(name) is None]
         if missing:
             raise CheckpointError(f"the config of this {architecture} lacks {', '.join(missing)}.")
-        sizes = {name: _positive_int(d, name) for name in _REQUIRED}
+        sizes: dict[str, Any] = {name: _positive_int(d, name) for name in _REQUIRED}
         heads = sizes["num_attention_heads"]
         kv_heads = heads if d.get("num_key_value_heads") is None else _positive_int(d, "num_key_value_heads")
         if heads % kv_heads:
@@ -107,7 +126,7 @@ class ModelConfig:
                 "unquantised checkpoint or a GGUF file."
             )
         qwen2 = architecture == "Qwen2ForCausalLM"
-        bias = bool(d.get("attention_bias", False)) and architecture != "MistralForCausalLM"
+        bias = bool(d.get("attention_bias", False)) and architecture not in ("MistralForCausalLM", "MixtralForCausalLM")
         return cls(
             architecture=architecture,
             **sizes,
@@ -122,6 +141,7 @@ class ModelConfig:
             hidden_act=act,
             dtype=_dtype(d.get("dtype") or d.get("torch_dtype") or "bfloat16"),
             sliding_window=_sliding_window(d, architecture, sizes["num_hidden_layers"]),
+            **_experts(d, architecture, sizes["num_hidden_layers"]),
         )
 
 
@@ -143,6 +163,10 @@ def _sliding_window(d: Mapping[str, Any], architecture: str, num_layers: int) ->
     """The window in tokens if any layer uses one. Defaults are those of each family's transformers config."""
     if architecture == "MistralForCausalLM":
         window = d.get("sliding_window", 4096)
+    elif architecture == "MixtralForCausalLM":
+        window = d.get("sliding_window")
+    elif architecture == "Qwen3MoeForCausalLM":  # unlike the dense ones: in all layers or in none
+        window = d.get("sliding_window", 4096) if d.get("use_sliding_window") else None
     elif architecture.startswith("Qwen") and d.get("use_sliding_window"):
         kinds = d.get("layer_types")
         in_use = "sliding_attention" in kinds if kinds else d.get("max_window_layers", 28) < num_layers
@@ -152,13 +176,50 @@ def _sliding_window(d: Mapping[str, Any], architecture: str, num_layers: int) ->
     return None if window is None else _positive_int({"sliding_window": window}, "sliding_window")
 
 
+def _experts(d: Mapping[str, Any], architecture: str, num_layers: int) -> dict[str, Any]:
+    """The fields of a mixture of experts; none for a dense architecture. Defaults are those of transformers."""
+    if architecture not in ("Qwen3MoeForCausalLM", "MixtralForCausalLM"):
+        return {}
+    unknown = [name for name in _UNSUPPORTED_EXPERTS if d.get(name)]
+    if unknown:
+        raise CheckpointError(f"{unknown[0]}={d[unknown[0]]!r} in the config of this {architecture} is not supported.")
+    mixtral = architecture == "MixtralForCausalLM"
+    own = {"num_experts": 8, "num_experts_per_tok": 2} if mixtral else {"num_experts": 128, "num_experts_per_tok": 8}
+    given = {name: d[name] for name in own if d.get(name) is not None}
+    if d.get("num_local_experts") is not None:  # Mixtral's name for it, and transformers 5's for all
+        given["num_experts"] = d["num_local_experts"]
+    counts = {name: _positive_int(own | given, name) for name in own}
+    if counts["num_experts_per_tok"] > counts["num_experts"]:
+        raise CheckpointError(
+            f"num_experts_per_tok={counts['num_experts_per_tok']} is above num_experts={counts['num_experts']}."
+        )
+    if mixtral:
+        inner = _positive_int(d, "intermediate_size")
+        return {**counts, "moe_intermediate_size": inner, "norm_topk_prob": True}
+    if d.get("moe_intermediate_size") is None:
+        raise CheckpointError(f"the config of this {architecture} lacks moe_intermediate_size.")
+    dense = d.get("mlp_only_layers") or []
+    wrong = [i for i in dense if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < num_layers]
+    if wrong:
+        raise CheckpointError(f"mlp_only_layers names {wrong[0]!r}; layers are numbered 0 to {num_layers - 1}.")
+    step = {"decoder_sparse_step": 1 if d.get("decoder_sparse_step") is None else d["decoder_sparse_step"]}
+    return {
+        **counts,
+        "moe_intermediate_size": _positive_int(d, "moe_intermediate_size"),
+        "norm_topk_prob": bool(d.get("norm_topk_prob", False)),
+        "decoder_sparse_step": _positive_int(step, "decoder_sparse_step"),
+        "mlp_only_layers": tuple(sorted(set(dense))),
+    }
+
+
 def _rope(d: Mapping[str, Any], architecture: str, max_position: int, head_dim: int) -> RopeConfig:
     """Rope settings from rope_theta and rope_scaling (transformers 4) or rope_parameters (transformers 5)."""
     p: dict[str, Any] = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
     kind = p.get("rope_type") or p.get("type") or "default"
     if float(p.get("partial_rotary_factor") or d.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError("partial_rotary_factor below 1 is not supported: rotary embeddings must cover the head.")
-    theta = float(p.get("rope_theta") or d.get("rope_theta") or 10000.0)
+    usual = 1e6 if architecture == "MixtralForCausalLM" else 1e4
+    theta = float(p.get("rope_theta") or d.get("rope_theta") or usual)
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "factors":

@@ -2,6 +2,9 @@
 
 A family's module subclasses DecoderForCausalLM and says only what is different: class attributes such as ``qk_norm``,
 or another MLP through ``make_mlp`` (where a mixture of experts belongs).
+
+With a group of several ranks each holds its part of every layer (Shoeybi et al., "Megatron-LM", 2019, section 3): what
+attention and MLP return are partial sums, which the norm that follows completes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,25 +20,36 @@ from nanovllm_bento.kernels.rope_store import RopeStoreStep, make_step
 from nanovllm_bento.layers.attention import Attention
 from nanovllm_bento.layers.embedding import LMHead, TokenEmbedding
 from nanovllm_bento.layers.linear import MergedLinear
+from nanovllm_bento.layers.mlp import MLP
 from nanovllm_bento.layers.norm import RMSNorm
+from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
 from nanovllm_bento.layers.rotary import RotaryEmbedding
-from nanovllm_bento.layers.weight_spec import WeightSpec, allocate
+from nanovllm_bento.layers.weight_spec import WeightSpec, allocate, split
 from nanovllm_bento.models.config import ModelConfig
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up are one product."""
+class GatedMLP(MLP):
+    """down(silu(gate(x)) * up(x)); gate and up are one product. Ranks split the intermediate size."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, group: ParallelGroup = SINGLE) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, inner, bias = config.hidden_size, split(config.intermediate_size, group), config.mlp_bias
         self.gate_up = MergedLinear(hidden, {"gate_proj": inner, "up_proj": inner}, bias=bias, dtype=dtype)
-        self.down = MergedLinear(inner, {"down_proj": hidden}, bias=bias, dtype=dtype, shard_dim=1)
+        self.down = MergedLinear(inner, {"down_proj": hidden}, bias=bias, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, hidden_size] -> the same shape."""
+        """x: [num_tokens, hidden_size] -> this rank's partial sum of the same shape."""
         out: Tensor = self.down(silu_and_mul(self.gate_up(x)))
         return out
+
+    def forward_fused(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+        assert self.gate_up.weight is not None and self.down.weight is not None
+        x = skinny.norm_gate_up(hidden, norm.weight, norm.eps, self.gate_up.weight)
+        return skinny.linear_add(x, self.down.weight, None, hidden)
+
+    def forward_skinny(self, x: Tensor) -> Tensor:
+        assert self.gate_up.weight is not None
+        return self.down.forward_skinny(skinny.gate_up(x, self.gate_up.weight))
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         yield from self.gate_up.weight_specs(prefix)
@@ -49,9 +63,11 @@ class GatedMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One block. The residual stream travels beside the output, so that its add is fused into the next norm."""
 
-    def __init__(self, config: ModelConfig, mlp: GatedMLP, *, qk_norm: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, mlp: MLP, *, qk_norm: bool, dtype: torch.dtype, group: ParallelGroup = SINGLE
+    ) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, group=group)
         self.attention = Attention(
             config.hidden_size,
             config.num_attention_heads,
@@ -62,8 +78,9 @@ class DecoderLayer(nn.Module):
             qk_norm=qk_norm,
             eps=config.rms_norm_eps,
             dtype=dtype,
+            group=group,
         )
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, group=group)
         self.mlp = mlp
 
     def forward(
@@ -74,28 +91,42 @@ class DecoderLayer(nn.Module):
         kv_cache: tuple[Tensor, Tensor],
         meta: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
-        """x: the block before's output, [num_tokens, hidden_size], not yet added to residual (same shape)."""
+        """x: the block before's output, [num_tokens, hidden_size], not yet added to residual (same shape).
+
+        In a group of several ranks it is a partial sum, as what is returned. residual None: x is the embedding.
+        """
         x, residual = self.input_norm(x, residual)
         x = self.attention(x, step, kv_cache, meta)
         x, residual = self.post_attention_norm(x, residual)
         return self.mlp(x), residual
 
+    def forward_skinny(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        step: RopeStoreStep,
+        kv_cache: tuple[Tensor, Tensor],
+        meta: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` for a handful of tokens in a group of several ranks."""
+        x, residual = self.input_norm(x, residual)
+        x = self.attention.forward_skinny(x, step, kv_cache, meta)
+        x, residual = self.post_attention_norm(x, residual)
+        return self.mlp.forward_skinny(x), residual
+
     def forward_fused(
         self, hidden: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
     ) -> Tensor:
-        """The same for a handful of tokens: norms, activation and residual adds inside the products' kernels.
+        """``forward`` for a handful of tokens in a group of one: norms, activation and residual adds in the products.
 
         hidden: the residual stream, [num_tokens, hidden_size], everything before added; it is overwritten.
         """
-        qkv, out, mlp = self.attention.qkv, self.attention.out, self.mlp
+        qkv, out = self.attention.qkv, self.attention.out
         assert qkv.weight is not None and out.weight is not None
-        assert mlp.gate_up.weight is not None and mlp.down.weight is not None
         x = skinny.norm_linear(hidden, self.input_norm.weight, self.input_norm.eps, qkv.weight, qkv.bias)
         x = self.attention.attend(x, step, kv_cache, meta)
         hidden = skinny.linear_add(x, out.weight, out.bias, hidden)
-        norm = self.post_attention_norm
-        x = skinny.norm_gate_up(hidden, norm.weight, norm.eps, mlp.gate_up.weight)
-        return skinny.linear_add(x, mlp.down.weight, None, hidden)
+        return self.mlp.forward_fused(hidden, self.post_attention_norm)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         yield from self.input_norm.weight_specs(f"{prefix}input_layernorm")
@@ -109,27 +140,37 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderForCausalLM(nn.Module):
-    """A whole model. Built on the meta device; ``materialize`` gives it memory and weights."""
+    """A whole model, or rank ``group.rank``'s part of it, which the ranks of the group call together.
+
+    Built on the meta device; ``materialize`` gives it memory and weights.
+    """
 
     qk_norm = False
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, group: ParallelGroup = SINGLE) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.group = group
         self.attention_backend: AttentionBackend | None = None
         self.fusable = not config.mlp_bias
-        self.embed = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embed = TokenEmbedding(config.vocab_size, config.hidden_size, dtype=dtype, group=group)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, self.make_mlp(config, dtype=dtype), qk_norm=self.qk_norm, dtype=dtype)
-            for _ in range(config.num_hidden_layers)
+            DecoderLayer(
+                config,
+                self.make_mlp(config, i, dtype=dtype, group=group),
+                qk_norm=self.qk_norm,
+                dtype=dtype,
+                group=group,
+            )
+            for i in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, group=group)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
         self.lm_head = LMHead(self.embed, tied=config.tie_word_embeddings)
 
-    def make_mlp(self, config: ModelConfig, *, dtype: torch.dtype) -> GatedMLP:
-        return GatedMLP(config, dtype=dtype)
+    def make_mlp(self, config: ModelConfig, layer_index: int, *, dtype: torch.dtype, group: ParallelGroup) -> MLP:
+        return GatedMLP(config, dtype=dtype, group=group)
 
     def set_attention_backend(self, backend: AttentionBackend) -> None:
         """Use ``backend`` in all layers; call its ``prepare(meta)`` once before each forward."""
@@ -161,14 +202,16 @@ class DecoderForCausalLM(nn.Module):
         Returns hidden states after the final norm, [num_tokens, hidden_size]. Call it under torch.inference_mode().
         """
         step = make_step(self.rotary.table, positions, meta.slot_mapping)
-        if self.fusable and skinny.supports(len(input_ids), self.dtype, input_ids.device, self.config.hidden_size):
+        few = self.fusable and skinny.supports(len(input_ids), self.dtype, input_ids.device, self.config.hidden_size)
+        if few and self.group.size == 1:
             hidden = self.embed(input_ids)
             for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
                 hidden = layer.forward_fused(hidden, step, kv_cache, meta)
             return rms_norm(hidden, self.norm.weight, self.norm.eps)
         x, residual = self.embed(input_ids), None
         for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
-            x, residual = layer(x, residual, step, kv_cache, meta)
+            forward = layer.forward_skinny if few else layer
+            x, residual = forward(x, residual, step, kv_cache, meta)
         normed: Tensor = self.norm(x, residual)[0]
         return normed
 
@@ -181,20 +224,22 @@ class DecoderForCausalLM(nn.Module):
         return logits
 
     def weight_specs(self) -> Iterator[WeightSpec]:
-        """Every tensor that a checkpoint of this model must hold, under its Hugging Face name."""
+        """Every tensor that a checkpoint of this model must hold, under its Hugging Face name, and the part to read."""
         for _, specs in self._parts():
             yield from specs
 
     def materialize(self, fill: Callable[[WeightSpec], None], *, num_positions: int, device: torch.device) -> None:
         """Allocate the parameters, let ``fill`` write each spec's target, and bring them into the form that runs.
 
+        Specs of which this rank takes nothing are left out; memory that no spec fills is zeros.
         Part by part, so that the plain and the packed copy of a weight exist together for one layer only.
         num_positions: length of the rotary table, in tokens.
         """
         for part, specs in self._parts():
-            allocate(part, device)
+            allocate(part, specs, device)
             for spec in specs:
-                fill(spec)
+                if spec.num_elements:
+                    fill(spec)
             if isinstance(part, DecoderLayer):
                 part.finalize()
         self.lm_head.finalize(self.embed)

@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,15 +48,21 @@ class GGUFReader:
                 "self_attn.k_proj": self.file.metadata.get(f"{arch}.attention.head_count_kv", heads),
             }
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Fill ``target``, of the tensor's shape, with its values in target's dtype."""
-        module = name.split(".", 3)[-1].rpartition(".")[0]
-        if module in self._heads:
-            target.copy_(unpermute(dequantize(self.file, self._tensors[name]), self._heads[module]))
-        else:
-            values = dequantize(self.file, self._tensors[name], target)
-            if values is not target:
-                target.copy_(values)
+    def read_into(self, name: str, target: Tensor, part: tuple[slice, ...] = ()) -> None:
+        """Fill ``target`` with the tensor's values, or the part at that index, in target's dtype.
+
+        Of some of the rows only those are dequantised; of some of the columns the whole tensor is.
+        """
+        tensor, heads = self._tensors[name], self._heads.get(name.split(".", 3)[-1].rpartition(".")[0], 0)
+        if len(part) == 1 and len(tensor.shape) > 1:
+            count = part[0].stop - part[0].start
+            heads = heads * count // tensor.shape[0]
+            tensor, part = _rows(tensor, part[0].start, count), ()
+        values = dequantize(self.file, tensor, None if part or heads else target)
+        if heads:
+            values = unpermute(values, heads)
+        if values is not target:
+            target.copy_(values[part])
 
     def close(self) -> None:
         self._tensors.clear()
@@ -69,6 +76,12 @@ def hf_name(name: str) -> str:
     if match is None or match[2] not in _IN_BLOCK:
         return name
     return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.{match[3]}"
+
+
+def _rows(tensor: GGUFTensor, start: int, count: int) -> GGUFTensor:
+    """Some rows of a tensor, each of which is made of whole blocks."""
+    row = tensor.num_bytes // tensor.shape[0]
+    return replace(tensor, shape=(count, *tensor.shape[1:]), offset=tensor.offset + start * row, num_bytes=count * row)
 
 
 def unpermute(values: Tensor, num_heads: int) -> Tensor:

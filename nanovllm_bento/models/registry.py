@@ -12,6 +12,7 @@ from nanovllm_bento.errors import UnsupportedArchitectureError
 if TYPE_CHECKING:
     import torch
 
+    from nanovllm_bento.layers.parallel import ParallelGroup
     from nanovllm_bento.models.config import ModelConfig
     from nanovllm_bento.models.decoder import DecoderForCausalLM
 
@@ -19,8 +20,10 @@ _PACKAGE = "nanovllm_bento.models"
 SUPPORTED_ARCHITECTURES: dict[str, str] = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 """Architecture -> module of this package that holds the class of the same name."""
 
@@ -33,9 +36,23 @@ def check_architecture(architecture: str) -> None:
         )
 
 
-def build_model(config: "ModelConfig", *, dtype: "torch.dtype") -> "DecoderForCausalLM":
-    """The model of ``config.architecture`` with parameters of ``dtype`` on the meta device (shapes, no memory)."""
+def build_model(
+    config: "ModelConfig",
+    *,
+    dtype: "torch.dtype",
+    group: "ParallelGroup | None" = None,
+    expert_parallel: bool = False,
+) -> "DecoderForCausalLM":
+    """The model of ``config.architecture`` with parameters of ``dtype`` on the meta device (shapes, no memory).
+
+    group: builds its rank's part; None: the whole model. expert_parallel: ranks hold whole experts, where the model has
+    any, instead of a part of each. Raises UnsupportedArchitectureError, and ConfigError if the model cannot be split.
+    """
+    from nanovllm_bento.layers.parallel import SINGLE
+
     check_architecture(config.architecture)
     module = importlib.import_module(f"{_PACKAGE}.{SUPPORTED_ARCHITECTURES[config.architecture]}")
-    model: DecoderForCausalLM = getattr(module, config.architecture)(config, dtype=dtype)
+    family = getattr(module, config.architecture)
+    options = {"expert_parallel": expert_parallel} if config.num_experts else {}
+    model: DecoderForCausalLM = family(config, dtype=dtype, group=group or SINGLE, **options)
     return model

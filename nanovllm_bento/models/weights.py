@@ -26,8 +26,12 @@ class CheckpointReader(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        """Fill ``target``, of the tensor's shape, with its values in target's dtype."""
+    def read_into(self, name: str, target: Tensor, part: tuple[slice, ...] = ()) -> None:
+        """Fill ``target`` with the tensor's values, or a part of them, in target's dtype.
+
+        part: an index into the tensor, with a start and a stop for each of its first dimensions; () is all of it.
+        target has the shape of that.
+        """
 
     def close(self) -> None:
         """Let go of the files."""
@@ -59,8 +63,9 @@ class SafetensorsReader:
                 "checkpoints are not supported, except as GGUF."
             )
 
-    def read_into(self, name: str, target: Tensor) -> None:
-        target.copy_(self._files[name].get_tensor(name))
+    def read_into(self, name: str, target: Tensor, part: tuple[slice, ...] = ()) -> None:
+        file = self._files[name]
+        target.copy_(file.get_slice(name)[part] if part else file.get_tensor(name))
 
     def close(self) -> None:
         self._files.clear()

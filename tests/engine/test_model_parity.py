@@ -115,8 +115,10 @@ def test_decode_and_prefill_rows_in_one_step_do_not_touch_each_other(qwen3: tupl
         assert_close(logits, reference_logits(reference, whole)[-len(tokens) :])
 
 
-def test_greedy_decoding_equals_generate(qwen3: tuple[Path, Any]) -> None:
-    folder, reference = qwen3
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral"])
+def test_greedy_decoding_equals_generate(family: str, tmp_path: Path) -> None:
+    folder = make_tiny(family, tmp_path)
+    reference = load_reference(folder)
     num_new = 64
     with torch.inference_mode():
         wanted = reference.generate(

@@ -107,14 +107,19 @@ def model_config(tmp_path_factory):
     return read_config(make_tiny("qwen3", tmp_path_factory.mktemp("tiny")))
 
 
+def layout(model_config) -> kv_cache.Layout:
+    mc = model_config
+    return kv_cache.Layout(mc.num_hidden_layers, 16, mc.num_key_value_heads, mc.head_dim, torch.bfloat16)
+
+
 def blocks(model_config, *, free: int = 40 * GIB, **settings) -> int:
     config = EngineConfig.create(env={}, max_num_batched_tokens=64, **{"max_num_seqs": 8, **settings})
     use = kv_cache.MemoryUse(total=80 * GIB, free=free, weights=GIB, activations=2 * GIB, graphs=GIB)
-    return kv_cache.num_blocks_that_fit(config, model_config, 256, torch.bfloat16, CUDA, lambda: use)
+    return kv_cache.num_blocks_that_fit(config, layout(model_config), 256, CUDA, lambda: use)
 
 
 def test_the_cache_takes_what_utilization_leaves_beside_activations_and_graphs(model_config):
-    per_block = kv_cache.block_bytes(model_config, 16, torch.bfloat16)
+    per_block = layout(model_config).block_bytes
     assert per_block == 2 * 2 * 16 * 2 * 32 * 2
     budget = 40 * GIB - int(80 * GIB * 0.5) + 20 * 2**20
     assert blocks(model_config, free=40 * GIB + 3 * GIB + 20 * 2**20, gpu_memory_utilization=0.5) == budget // per_block

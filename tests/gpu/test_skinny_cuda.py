@@ -5,7 +5,7 @@ import torch
 
 from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.launch import use_pdl
-from nanovllm_bento.kernels.skinny import Config, choose_config, supports
+from nanovllm_bento.kernels.skinny import Config, choose_config, is_gated, supports
 from tests.kernels.skinny_checks import (
     OPERATIONS,
     assert_equals_float64,
@@ -36,7 +36,7 @@ def full_float32():
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_batch_equals_float64(operation, dtype):
     for m in [1, 2, 3, 4, 5, 8, 9, 16] if dtype == torch.bfloat16 else [1, 3, 16]:
-        assert_equals_float64(operation, m, 384, 1024, dtype, DEVICE, bias=operation != "norm_gate_up")
+        assert_equals_float64(operation, m, 384, 1024, dtype, DEVICE, bias=not is_gated(operation))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -66,7 +66,7 @@ def test_a_rows_result_does_not_depend_on_the_batch(m, operation):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_dispatch_equals_float64(operation):
-    inputs = make_inputs(operation, 4, 256, 1024, torch.bfloat16, DEVICE, bias=operation != "norm_gate_up")
+    inputs = make_inputs(operation, 4, 256, 1024, torch.bfloat16, DEVICE, bias=not is_gated(operation))
     wanted = wanted64(inputs)
     x, weight, bias, norm = inputs["x"], inputs["weight"], inputs["bias"], (inputs["norm_weight"], inputs["eps"])
     assert supports(4, x.dtype, x.device)
@@ -78,6 +78,8 @@ def test_the_dispatch_equals_float64(operation):
             assert found is inputs["out"]
         case "norm_linear":
             found = skinny.norm_linear(x, *norm, weight, bias)
+        case "gate_up":
+            found = skinny.gate_up(x, weight)
         case _:
             found = skinny.norm_gate_up(x, *norm, weight)
     assert found.dtype == x.dtype and relative_error(found, wanted) < 1e-2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm_bento.kernels import skinny
-from nanovllm_bento.kernels.skinny import Config
+from nanovllm_bento.kernels.skinny import Config, is_gated
 from tests.kernels.skinny_checks import (
     OPERATIONS,
     TOLERANCE,
@@ -30,7 +30,7 @@ def seed():
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("config", VECTOR + MATRIX)
 def test_each_kernel_equals_float64(config, operation, dtype):
-    bias = operation != "norm_gate_up"
+    bias = not is_gated(operation)
     # The interpreter truncates to bfloat16 where a GPU rounds, up to three times in a row.
     tolerance = 3e-2 if dtype == torch.bfloat16 else TOLERANCE[dtype]
     for m, n, k in [(1, 8, 40), (3, 13, 40)]:  # a whole block or two, and a last one that is not whole
@@ -58,7 +58,7 @@ def test_a_rows_result_does_not_depend_on_the_batch(config, operation):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_references_equal_float64(dtype):
     for operation in OPERATIONS:
-        inputs = make_inputs(operation, 3, 12, 40, dtype, "cpu", bias=operation != "norm_gate_up")
+        inputs = make_inputs(operation, 3, 12, 40, dtype, "cpu", bias=not is_gated(operation))
         wanted = wanted64(inputs)
         x, weight, bias, norm = inputs["x"], inputs["weight"], inputs["bias"], (inputs["norm_weight"], inputs["eps"])
         match operation:
@@ -69,6 +69,8 @@ def test_the_references_equal_float64(dtype):
                 assert found is inputs["out"]
             case "norm_linear":
                 found = skinny.norm_linear(x, *norm, weight, bias)
+            case "gate_up":
+                found = skinny.gate_up(x, weight)
             case _:
                 found = skinny.norm_gate_up(x, *norm, weight)
         assert found.dtype == dtype and relative_error(found, wanted) < TOLERANCE[dtype]

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm_bento.kernels.skinny import Config
+from nanovllm_bento.kernels.skinny import Config, is_gated
 from nanovllm_bento.kernels.skinny_triton import launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-OPERATIONS = ["linear", "linear_add", "norm_linear", "norm_gate_up"]
+OPERATIONS = ["linear", "linear_add", "norm_linear", "norm_gate_up", "gate_up"]
 EPS = 1e-2  # large enough to show
 
 
@@ -22,7 +22,7 @@ def make_inputs(operation: str, m: int, n: int, k: int, dtype: torch.dtype, devi
     wide = torch.full((m, k + 16), float("nan"), dtype=dtype, device=device)
     x = wide[:, :k]
     x.copy_(torch.randn(m, k, device=device) * torch.linspace(0.5, 2, m, device=device)[:, None])
-    rows = 2 * n if operation == "norm_gate_up" else n
+    rows = 2 * n if is_gated(operation) else n
     out = torch.full((m, n), float("nan"), dtype=dtype, device=device)
     if operation == "linear_add":
         out.normal_()
@@ -46,7 +46,7 @@ def wanted64(inputs: dict[str, Any]) -> Tensor:
     y: Tensor = x @ weight.T
     if inputs["bias"] is not None:
         y = y + inputs["bias"].double()
-    if inputs["operation"] == "norm_gate_up":
+    if is_gated(inputs["operation"]):
         gate, up = y.chunk(2, -1)
         y = gate / (1 + (-gate).exp()) * up
     if inputs["operation"] == "linear_add":

@@ -75,10 +75,28 @@ def test_what_a_token_costs_in_qwen3_06b() -> None:
     cost = roofline.ModelCost.of(ModelConfig.from_dict(QWEN3_06B))
     layer = 1024 * (2048 + 2 * 1024) + 2048 * 1024 + 3 * 1024 * 3072
     assert cost.layer_weights == 28 * layer
-    assert cost.weight_bytes == 2 * (28 * layer + 1024 * 151936) == pytest.approx(1.19e9, rel=0.01)
+    assert cost.weight_bytes() == 2 * (28 * layer + 1024 * 151936) == pytest.approx(1.19e9, rel=0.01)
     assert cost.kv_bytes_per_token == 2 * 28 * 2 * 1024 == 114_688
-    assert cost.decode_step([10, 30])[0] == cost.weight_bytes + 40 * 114_688
+    assert cost.decode_step([10, 30])[0] == cost.weight_bytes() + 40 * 114_688
     assert cost.prefill(100) - cost.prefill(100, cached=60) == cost.prefill(60) - 2 * cost.head_weights
+
+
+def test_a_token_costs_its_own_experts_and_a_step_reads_those_that_are_asked() -> None:
+    moe = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 10, "norm_topk_prob": True}
+    config = ModelConfig.from_dict({**TINY, "architectures": ["Qwen3MoeForCausalLM"], **moe})
+    cost = roofline.ModelCost.of(config)
+    attention, expert = 16 * (16 + 2 * 8) + 16 * 16, 3 * 16 * 10
+    assert cost.layer_weights == attention + 16 * 8 + 2 * expert
+    assert cost.weight_bytes(1) == 2 * (attention + 16 * 8 + 2 * expert + 16 * 64)
+    assert cost.weight_bytes(2) == 2 * (attention + 16 * 8 + round(3.5 * expert) + 16 * 64)
+    assert cost.weight_bytes(10_000) == cost.all_weight_bytes == 2 * (attention + 16 * 8 + 8 * expert + 16 * 64)
+
+
+def test_a_rank_costs_its_share() -> None:
+    whole, half = (roofline.ModelCost.of(ModelConfig.from_dict(QWEN3_06B), ranks=ranks) for ranks in (1, 2))
+    assert 2 * half.weight_bytes() == whole.weight_bytes() and 2 * half.kv_bytes_per_token == whole.kv_bytes_per_token
+    sixteen = roofline.ModelCost.of(ModelConfig.from_dict(QWEN3_06B), ranks=16)
+    assert sixteen.kv_bytes_per_token == whole.kv_bytes_per_token // 8, "each rank has one of the 8 heads at least"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +112,7 @@ def test_a_floor_is_the_sum_of_its_steps() -> None:
     workload = Workload("w", [[1] * 5, [1] * 9], [3, 2], 0.0)
     slow = roofline.Ceilings(1.0, 1e30)  # one byte a second: bytes alone count
     kv = cost.kv_bytes_per_token
-    expected = 3 * cost.weight_bytes + kv * ((6 + 10) + 7)  # prefill, then rows of 6 and 10 tokens, then one of 7
+    expected = 3 * cost.weight_bytes() + kv * ((6 + 10) + 7)  # prefill, then rows of 6 and 10 tokens, then one of 7
     assert roofline.floor_seconds(workload, cost, slow) == expected
     products = roofline.Ceilings(1e30, 1.0)
     rows = 2 * 3 * (cost.layer_weights + cost.head_weights) + 23 * cost.attention_flops

@@ -16,7 +16,7 @@ def test_defaults() -> None:
     assert (config.max_num_seqs, config.block_size) == (256, 16)
     assert config.max_num_batched_tokens is None  # the engine decides, by the device
     assert config.enable_prefix_caching and config.max_model_len is None
-    assert ServiceConfig.create(env={}).workers == 1
+    assert ServiceConfig.create(env={}).workers is None
 
 
 def test_keyword_beats_environment_beats_default() -> None:
@@ -70,7 +70,7 @@ def test_unknown_keyword_is_an_error_that_names_the_nearest() -> None:
         ("gpu_memory_utilization", [0.01, 1], [0, 1.01, -0.5]),
         ("kv_cache_memory_bytes", [1], [0]),
         ("num_gpu_blocks_override", [1], [0]),
-        ("tensor_parallel_size", [1], [0, 2, 9]),
+        ("tensor_parallel_size", [1, 8], [0, 9]),
         ("data_parallel_size", [1], [0, 2]),
         ("batch_invariant", [False, True], ["perhaps"]),
         ("attention_backend", ["auto", "torch"], ["nope"]),

@@ -93,6 +93,56 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], messa
         config(**changes)
 
 
+QWEN3_MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+MIXTRAL: dict[str, Any] = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    c = config(num_experts=8)
+    assert c.num_experts == 0 and not c.is_sparse(0)
+
+
+def test_experts_of_both_families() -> None:
+    c = config(**QWEN3_MOE)
+    assert (c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob) == (128, 8, 768, True)
+    assert c.is_sparse(0) and c.is_sparse(1)
+    assert config(**{**QWEN3_MOE, "num_experts": None, "num_local_experts": 16}).num_experts == 16, "transformers 5"
+    assert not config(**{**QWEN3_MOE, "norm_topk_prob": None}).norm_topk_prob
+    assert config(**QWEN3_MOE, use_sliding_window=True, sliding_window=100).max_context == 100
+    m = config(**MIXTRAL)
+    assert (m.num_experts, m.num_experts_per_tok, m.moe_intermediate_size, m.norm_topk_prob) == (8, 2, 96, True)
+    assert m.rope.theta == 1e6 and m.max_context == 2048
+    assert config(**MIXTRAL, sliding_window=100).max_context == 100
+
+
+def test_some_layers_may_be_dense() -> None:
+    c = config(**QWEN3_MOE, num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    assert [c.is_sparse(i) for i in range(6)] == [False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"moe_intermediate_size": None}, "lacks moe_intermediate_size"),
+        ({"num_experts_per_tok": 200}, "num_experts_per_tok=200 is above num_experts=128"),
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"shared_expert_intermediate_size": 512}, "shared_expert_intermediate_size=512"),
+        ({"n_shared_experts": 1}, "n_shared_experts=1"),
+        ({"mlp_only_layers": [2]}, "mlp_only_layers names 2; layers are numbered 0 to 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
+    ],
+)
+def test_experts_that_are_not_supported_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        config(**{**QWEN3_MOE, **changes})
+
+
 @pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None])
 def test_an_unknown_architecture_lists_the_known(architectures: Any) -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"LlamaForCausalLM.*Qwen3ForCausalLM"):

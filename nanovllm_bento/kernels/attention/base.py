@@ -46,7 +46,7 @@ class AttentionBackend(Protocol):
     """Whether forward may be captured in a CUDA graph for steps of decode rows only; prepare then never waits for the
     device. A replay reads the tensors of the captured metadata again; what is host-known of it stays as captured."""
     captures_prefill: bool
-    """Whether the same holds for steps of prefill rows only, some of which may be padding: no query tokens, length 0."""
+    """Whether the same holds for steps of prefill rows only; padding rows have no query tokens and length 0."""
     fuses_decode: bool
     """Whether it is a FusingBackend."""
 
