@@ -39,11 +39,21 @@ L2_BYTES = 50 << 20
 EPS = 1e-6
 # hidden, qkv out, o in, MLP
 MODELS = {"0.6B": (1024, 4096, 2048, 3072), "8B": (4096, 6144, 4096, 12288)}
+RANK_OF_TWO = "8B/2"
+"""One of two tensor-parallel ranks of the 8B: the norms come after a sum over the ranks, in a kernel of its own."""
 DEVICE, DTYPE = "cuda", torch.bfloat16
 Job = tuple[str, int, int, int, Config]  # operation, rows, n, k
 
 
 def shapes(model: str) -> list[tuple[str, int, int]]:
+    if model == RANK_OF_TWO:
+        hidden, qkv, heads, mlp = MODELS["8B"]
+        return [
+            ("linear", qkv // 2, hidden),
+            ("linear", hidden, heads // 2),
+            ("gate_up", mlp // 2, hidden),
+            ("linear", hidden, mlp // 2),
+        ]
     hidden, qkv, heads, mlp = MODELS[model]
     return [
         ("norm_linear", qkv, hidden),
@@ -67,7 +77,7 @@ def rows_of(n: int, all_rows: list[int]) -> list[int]:
 
 def candidates(operation: str, m: int, n: int, k: int) -> list[Config]:
     """The heuristic's choice first, then its neighbours."""
-    matrices = 2 if operation == "norm_gate_up" else 1
+    matrices = 2 if skinny.is_gated(operation) else 1
     found = [choose_config(operation, m, n, k)]
     if m <= 4:
         for num_warps, block_k in [(1, 256), (4, 256), (4, 1024), (2, 512)]:
@@ -116,7 +126,7 @@ def compile_job(job: Job) -> str:
 
 
 def inputs(operation: str, m: int, n: int, k: int, count: int) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    rows = 2 * n if operation == "norm_gate_up" else n
+    rows = 2 * n if skinny.is_gated(operation) else n
     weights = torch.empty(count, rows, k, device=DEVICE, dtype=DTYPE).normal_(std=k**-0.5)
     norm = torch.rand(k, device=DEVICE).to(DTYPE) + 0.5
     x = torch.randn(m, k, device=DEVICE).to(DTYPE)
@@ -135,7 +145,7 @@ def unfused(operation: str, x: Tensor, weight: Tensor, norm: Tensor, out: Tensor
     if operation.startswith("norm"):
         x = F.rms_norm(x, norm.shape, norm, EPS)
     y = F.linear(x, weight)
-    if operation == "norm_gate_up":
+    if skinny.is_gated(operation):
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up
     return out.add_(y) if operation == "linear_add" else y
@@ -146,7 +156,7 @@ def instead(operation: str, x: Tensor, weight: Tensor, norm: Tensor, residual: T
     if operation.startswith("norm"):
         x = rms_norm(x, norm, EPS) if residual is None else add_rms_norm(x, residual, norm, EPS)[0]
     y = F.linear(x, weight)
-    return silu_and_mul(y) if operation == "norm_gate_up" else y
+    return silu_and_mul(y) if skinny.is_gated(operation) else y
 
 
 def microseconds(body: Callable[[], None], replays: int) -> float:
@@ -185,7 +195,7 @@ def tune(
     results: dict[tuple[str, int, int, int], list[Any]] = {}
     for operation, n, k in all_shapes(model):
         head = (operation, n, k) == HEAD
-        size = 2 * n * k * (2 if operation == "norm_gate_up" else 1)
+        size = 2 * n * k * (2 if skinny.is_gated(operation) else 1)
         count = 1 if head else max(4, min(LAYERS, math.ceil(3 * L2_BYTES / size)))
         for m in rows_of(n, all_rows):
             x, weights, norm, out = inputs(operation, m, n, k, count)
@@ -354,7 +364,7 @@ def main(out: str, seconds: float, all_rows: list[int], models: list[str]) -> No
             tuned[key] = timed[0][1]
             entry = {"key": key, "us_instead": cublas, "us": [[us, tuple(c)] for us, c in timed]}
             report["kernels"].append(entry)
-        for row in tune_stack(model, all_rows, alone, deadline):
+        for row in tune_stack(model, all_rows, alone, deadline) if model in MODELS else ():
             report["stacks"].append(row)
             tuned |= {tuple(key): Config(*config) for *key, config in row["configs"]}
         Path(out).write_text(json.dumps(report, indent=1))
@@ -371,6 +381,6 @@ if __name__ == "__main__":
     parser.add_argument("out", help="JSON report")
     parser.add_argument("seconds", nargs="?", type=float, default=110, help="when to stop trying (default 110)")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)), help="batch sizes, with commas between")
-    parser.add_argument("--model", default=",".join(MODELS), help=f"some of {','.join(MODELS)}")
+    parser.add_argument("--model", default=",".join(MODELS), help=f"some of {','.join([*MODELS, RANK_OF_TWO])}")
     arguments = parser.parse_args()
     main(arguments.out, arguments.seconds, [int(m) for m in arguments.rows.split(",")], arguments.model.split(","))

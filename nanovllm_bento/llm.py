@@ -37,8 +37,8 @@ class LLM:
     def __init__(self, model: str = "demo", **engine_args: Any) -> None:
         self.config = EngineConfig.create(model=model, **engine_args)
         self.core = EngineCore.from_model(self.config)
-        if self.core.ranks is not None:
-            weakref.finalize(self, self.core.ranks.close)
+        if self.core.leave is not None:
+            weakref.finalize(self, self.core.leave)
         self.tokenizer = Tokenizer.load(resolve_model(self.config.model, self.config.revision))
         self._request_ids = itertools.count()
 

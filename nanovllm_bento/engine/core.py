@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, Self
 
 from nanovllm_bento.config import EngineConfig
@@ -88,9 +89,10 @@ class EngineCore:
         hash_seed: int | None = None,
         startup_seconds: dict[str, float] | None = None,
         ranks: Ranks | None = None,
+        leave: Callable[[], None] | None = None,
     ) -> None:
         config = _with_step_size(config)
-        self.config, self.runner, self.ranks = config, runner, ranks
+        self.config, self.runner, self.ranks, self.leave = config, runner, ranks, leave
         self.block_manager = BlockManager(
             runner.num_blocks,
             config.block_size,
@@ -165,14 +167,23 @@ class EngineCore:
                 groups.append(group)
             runner = ModelRunner(config, model_config, files, group, publish)
             seconds |= runner.startup_seconds
-            core = cls(config, runner, eos_token_ids=eos, hash_seed=hash_seed, startup_seconds=seconds, ranks=ranks)
+            leave = None if ranks is None else partial(_leave, ranks, group)
+            core = cls(
+                config,
+                runner,
+                eos_token_ids=eos,
+                hash_seed=hash_seed,
+                startup_seconds=seconds,
+                ranks=ranks,
+                leave=leave,
+            )
             started = time.perf_counter()
             core._warm_up()
         except BaseException as error:
             if ranks is None:
                 raise
             cause = None if isinstance(error, NanoVLLMError) else ranks.cause()
-            ranks.close()
+            _leave(ranks, group)
             if cause is None:
                 raise
             raise type(cause)(str(cause)) from error
@@ -183,8 +194,8 @@ class EngineCore:
 
     def close(self) -> None:
         """End the other ranks; the engine cannot be used afterwards. May be called again."""
-        if self.ranks is not None:
-            self.ranks.close()
+        if self.leave is not None:
+            self.leave()
 
     @property
     def has_work(self) -> bool:
@@ -347,6 +358,12 @@ class EngineCore:
         self.block_manager.enable_prefix_caching = enabled
         self.totals.clear()
         self.iteration_tokens = [0] * len(self.iteration_tokens)
+
+
+def _leave(ranks: Ranks, group: ParallelGroup) -> None:
+    """Leave the group, then end the others: NCCL would wait for them at its own end."""
+    group.close()
+    ranks.close()
 
 
 def _failed(seq: Sequence, code: str, why: str) -> tuple[Sequence, OutputItem]:

@@ -125,13 +125,17 @@ def linear_add(
     return launch("linear_add", x, weight, residual, config, bias=bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | None = None) -> Tensor:
-    """x @ weight.T + bias; x: [rows, k], weight: [n, k], bias: [n]. Returns [rows, n]."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x @ weight.T + bias; x: [rows, k], weight: [n, k], bias: [n]. Returns [rows, n], in ``out`` if given."""
     if not x.is_cuda:
-        return linear_reference(x, weight, bias)
+        found = linear_reference(x, weight, bias)
+        return found if out is None else out.copy_(found)
     from nanovllm_bento.kernels.skinny_triton import launch
 
-    return launch("linear", x, weight, x.new_empty(x.shape[0], weight.shape[0]), config, bias=bias)
+    out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+    return launch("linear", x, weight, out, config, bias=bias)
 
 
 def norm_linear_reference(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None) -> Tensor:

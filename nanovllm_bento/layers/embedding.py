@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.linear import linear, pack_weight
 from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
 from nanovllm_bento.layers.weight_spec import WeightSpec, meta_parameter, split, whole
@@ -62,17 +63,19 @@ class LMHead(nn.Module):
         """
         weight = embed.rows if self.tied else self.weight
         alone = self.group.size == 1
-        logits = linear(
-            hidden,
-            weight,
-            None,
-            self.packed,
-            batch_invariant=self.batch_invariant,
-            out=out if alone else None,
-        )
+        own = out if alone else None
+        few = len(hidden) <= skinny.VECTOR_ROWS and not self.batch_invariant
+        if few and skinny.supports(len(hidden), hidden.dtype, hidden.device):
+            assert weight is not None
+            logits = skinny.linear(hidden, weight, None, out=own)
+        else:
+            logits = linear(hidden, weight, None, self.packed, batch_invariant=self.batch_invariant, out=own)
         if not alone:
-            logits = self.group.all_gather(logits)[:, : self.shard.size]
-            logits = logits.contiguous() if out is None else out.copy_(logits)
+            divides = self.shard.length * self.group.size == self.shard.size
+            logits = self.group.all_gather(logits, out if divides else None)
+            if not divides:
+                logits = logits[:, : self.shard.size]
+                logits = logits.contiguous() if out is None else out.copy_(logits)
         return logits if logits.is_cuda else logits.float()
 
     def weight_specs(self, name: str) -> Iterator[WeightSpec]:

@@ -133,11 +133,11 @@ class ParallelGroup:
         _wait(self.process_group.allreduce([x], options))
         return x
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """x: [rows, n] -> [rows, size * n], the ranks' columns side by side."""
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x: [rows, n] -> [rows, size * n], the ranks' columns side by side, in ``out`` if given."""
         if self.size == 1:
-            return x
-        return torch.cat(self._exchange(x), dim=1)
+            return x if out is None else out.copy_(x)
+        return torch.cat(self._exchange(x), dim=1, out=out)
 
     def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """``add_rms_norm`` of the sum of all ranks' x: the norm and the new residual; may overwrite x and residual."""
