@@ -167,7 +167,7 @@ class EngineCore:
                 groups.append(group)
             runner = ModelRunner(config, model_config, files, group, publish)
             seconds |= runner.startup_seconds
-            leave = None if ranks is None else partial(_leave, ranks, group)
+            leave = None if ranks is None else partial(_leave, ranks, group, runner)
             core = cls(
                 config,
                 runner,
@@ -183,7 +183,7 @@ class EngineCore:
             if ranks is None:
                 raise
             cause = None if isinstance(error, NanoVLLMError) else ranks.cause()
-            _leave(ranks, group)
+            _leave(ranks, group, None)
             if cause is None:
                 raise
             raise type(cause)(str(cause)) from error
@@ -360,8 +360,10 @@ class EngineCore:
         self.iteration_tokens = [0] * len(self.iteration_tokens)
 
 
-def _leave(ranks: Ranks, group: ParallelGroup) -> None:
-    """Leave the group, then end the others: NCCL would wait for them at its own end."""
+def _leave(ranks: Ranks, group: ParallelGroup, runner: ModelRunner | None) -> None:
+    """Leave the group, then end the others. The graphs go first: NCCL's end waits for those that hold its kernels."""
+    if runner is not None:
+        runner.drop_graphs()
     group.close()
     ranks.close()
 

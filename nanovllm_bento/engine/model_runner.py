@@ -196,6 +196,10 @@ class ModelRunner:
                 return self._replay(inputs), None
             return self._run_tokens(inputs)
 
+    def drop_graphs(self) -> None:
+        """Let go of all CUDA graphs; from now on steps run eagerly."""
+        self.graphs = self.prompt_graphs = None
+
     # -- decode by CUDA graph ---------------------------------------------------------------------------------------
 
     def _make_graphs(self, max_blocks: int) -> None:

@@ -79,7 +79,24 @@ INVARIANT = GroupedConfig(64, Tile(64, 64, 4, 3, 8), Tile(64, 64, 4, 3, 8))
 FLOAT32 = GroupedConfig(16, Tile(32, 32, 4, 2, 8), Tile(32, 32, 4, 2, 8))
 """float32 keeps its precision and so runs without tensor cores."""
 
-TUNED: dict[tuple[int, int, int, int, int], Config] = {}
+TUNED: dict[tuple[int, int, int, int, int], Config] = {
+    (128, 8, 768, 2048, 1): PairConfig(PairTile(2, 1024, 2), PairTile(8, 256, 8)),
+    (128, 8, 768, 2048, 2): PairConfig(PairTile(2, 1024, 2), PairTile(2, 256, 4)),
+    (128, 8, 768, 2048, 4): PairConfig(PairTile(2, 1024, 2), PairTile(2, 256, 4)),
+    (128, 8, 768, 2048, 16): GroupedConfig(16, Tile(64, 128, 4, 3, 1, True), Tile(64, 128, 4, 3, 1, True)),
+    (128, 8, 768, 2048, 64): GroupedConfig(16, Tile(64, 128, 4, 3, 1, True), Tile(128, 128, 4, 3, 1, True)),
+    (128, 8, 768, 2048, 256): GroupedConfig(32, Tile(64, 128, 4, 3, 1, False), Tile(128, 128, 4, 3, 1, False)),
+    (128, 8, 768, 2048, 1024): GroupedConfig(64, Tile(64, 64, 4, 4, 4, False), Tile(128, 64, 4, 4, 4, False)),
+    (128, 8, 768, 2048, 8192): GroupedConfig(128, Tile(128, 64, 8, 3, 4, False), Tile(256, 64, 8, 3, 4, False)),
+    (128, 8, 384, 2048, 1): PairConfig(PairTile(8, 1024, 4), PairTile(8, 128, 4)),
+    (128, 8, 384, 2048, 2): PairConfig(PairTile(2, 1024, 2), PairTile(8, 128, 4)),
+    (128, 8, 384, 2048, 4): PairConfig(PairTile(4, 2048, 4), PairTile(8, 128, 4)),
+    (128, 8, 384, 2048, 16): GroupedConfig(16, Tile(64, 128, 4, 3, 1, True), Tile(64, 64, 4, 4, 1, True)),
+    (128, 8, 384, 2048, 64): GroupedConfig(16, Tile(64, 128, 4, 3, 1, True), Tile(128, 128, 4, 3, 1, False)),
+    (128, 8, 384, 2048, 256): GroupedConfig(32, Tile(64, 128, 4, 3, 1, False), Tile(64, 64, 4, 4, 1, True)),
+    (128, 8, 384, 2048, 1024): GroupedConfig(128, Tile(128, 64, 8, 4, 16, False), Tile(256, 64, 8, 3, 8, False)),
+    (128, 8, 384, 2048, 8192): GroupedConfig(128, Tile(128, 64, 8, 4, 8, False), Tile(256, 64, 8, 3, 8, False)),
+}
 """(experts held, top_k, inner, hidden, tokens) -> measured best (benchmarks/moe.py), for 16-bit dtypes.
 
 A number of tokens between two entries takes the upper one's.

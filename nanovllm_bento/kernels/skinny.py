@@ -61,8 +61,18 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
     ("norm_gate_up", 2, 12288, 4096): Config(2, 1024, 4, 4, 0, 16),
     ("linear_add", 1, 4096, 12288): Config(4, 512, 8, 2, 0, 16),
     ("linear_add", 2, 4096, 12288): Config(2, 1024, 12, 4, 0, 16),
+    ("linear", 1, 3072, 4096): Config(8, 1024, 4, 4, 0, 16),
+    ("linear", 2, 3072, 4096): Config(4, 1024, 4, 4, 0, 16),
+    ("linear", 1, 4096, 2048): Config(4, 256, 8, 1, 0, 16),
+    ("linear", 2, 4096, 2048): Config(16, 128, 2, 8, 8, 4),
+    ("gate_up", 1, 6144, 4096): Config(1, 256, 16, 4, 0, 16),
+    ("gate_up", 2, 6144, 4096): Config(1, 1024, 4, 4, 0, 16),
+    ("linear", 1, 4096, 6144): Config(4, 256, 8, 1, 0, 16),
+    ("linear", 2, 4096, 6144): Config(1, 1024, 6, 4, 0, 16),
 }
-"""(operation, rows rounded up to a power of two, n, k) -> measured best (benchmarks/skinny_tune.py), 16-bit dtypes."""
+"""(operation, rows rounded up to a power of two, n, k) -> measured best (benchmarks/skinny_tune.py), 16-bit dtypes.
+
+Those without a norm are of one of two tensor-parallel ranks, measured on an H200."""
 
 
 def supports(rows: int, dtype: torch.dtype, device: torch.device, hidden_size: int = 0) -> bool:

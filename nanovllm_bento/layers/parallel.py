@@ -163,12 +163,12 @@ class ParallelGroup:
     def close(self) -> None:
         """Leave the group; a collective that waits for this rank fails on the others."""
         self.workspace = None
-        if self.process_group is not None:
-            self.process_group.abort()
-            self.process_group = None
-        if self.memory is not None:
-            self.memory.close()
-            self.memory = None
+        process_group, self.process_group = self.process_group, None  # first, as another thread may do the same
+        memory, self.memory = self.memory, None
+        if process_group is not None:
+            process_group.abort()
+        if memory is not None:
+            memory.close()
 
     def _exchange(self, x: Tensor) -> list[Tensor]:
         """Every rank's x, in the order of the ranks."""
