@@ -126,6 +126,8 @@ class ModelRunner:
         )
         if self.kv_dtype == torch.float8_e4m3fn:
             set_kv_scales(self.model, model_config, self.torch_dtype, self.torch_device)
+        shard = self.model.lm_head.shard
+        self.vocab = shard.start, shard.stop
         self.model.set_attention_backend(self.backend)
         if config.batch_invariant:
             self.model.set_batch_invariant()
@@ -208,7 +210,8 @@ class ModelRunner:
         self.static = DecodeInputs.allocate(config.max_num_seqs, max_blocks, device)
         self.static_rows = torch.full((config.max_num_seqs, 3), -1, dtype=torch.int32, device=device)
         self.query_starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
-        self.logits = torch.empty(config.max_num_seqs, self.vocab_size, dtype=self.torch_dtype, device=device)
+        num_logits = self.model.lm_head.shard.length
+        self.logits = torch.empty(config.max_num_seqs, num_logits, dtype=self.torch_dtype, device=device)
         pool = GraphPool()
         self.graphs = DecodeGraphs(
             pool, config.max_num_seqs, self._decode_logits, self._decode_tokens, must_fit=self.group.size > 1
@@ -224,7 +227,7 @@ class ModelRunner:
             self.prompts = PromptBuffers(num_tokens, self.prompt_graphs.max_num_rows, max_blocks, device)
 
     def _decode_logits(self, size: int) -> Tensor:
-        """The captured part up to the logits: [size, vocab_size], of the first ``size`` static rows."""
+        """The captured part up to this rank's logits of the first ``size`` static rows."""
         rows = self.static.rows(size)
         decode_inputs(self.static_rows[:size], self.device_tables, self.last_tokens, rows, self.block_size)
         meta = AttentionMetadata(
@@ -238,14 +241,31 @@ class ModelRunner:
         )
         self.backend.prepare(meta)
         hidden = self.model(rows.input_ids, rows.positions, self.kv_caches, meta)
-        return self.model.compute_logits(hidden, self.logits[:size])
+        return self.model.own_logits(hidden, self.logits[:size])
 
     def _decode_tokens(self, logits: Tensor, filtered: bool) -> Tensor:
         """The captured part from the logits on: int64 [size]; they also become their slots' last tokens."""
         rows = self.static.rows(len(logits))
-        tokens = self.sampler.sample_device(logits, rows.slots, rows.next_positions, filtered)
+        tokens = self._sample(logits, rows.slots, rows.next_positions, filtered)
         store_tokens(tokens, rows.slots, self.last_tokens)
         return tokens
+
+    def _sample(self, logits: Tensor, slots: Tensor, positions: Tensor, filtered: bool) -> Tensor:
+        """Tokens from this rank's part of the logits; filters need all of them in one place."""
+        if self.group.size == 1:
+            return self.sampler.sample_device(logits, slots, positions, filtered)
+        if filtered:
+            return self.sampler.sample_device(self.model.lm_head.gather(logits), slots, positions, filtered)
+        return self.sampler.sample_shards(logits, self.vocab, slots, positions, self.group)
+
+    def _ban(self, logits: Tensor, banned: np.ndarray) -> None:
+        """``Sampler.ban`` of indices into whole rows, in this rank's part of the logits."""
+        if self.group.size > 1 and len(banned):
+            rows, tokens = np.divmod(banned, self.vocab_size)
+            start, stop = self.vocab
+            mine = (tokens >= start) & (tokens < stop)
+            banned = rows[mine] * logits.shape[1] + tokens[mine] - start
+        self.sampler.ban(logits, banned)
 
     def _replay(self, inputs: DecodeStep) -> Tensor:
         assert self.graphs is not None
@@ -260,7 +280,7 @@ class ModelRunner:
         rows[count:] = -1
         self.static_rows[: graph.size].copy_(staged, non_blocking=True)
         graph.forward.replay()
-        self.sampler.ban(graph.logits, inputs.banned)
+        self._ban(graph.logits, inputs.banned)
         sample, tokens = graph.sample[inputs.filtered]
         sample.replay()
         return tokens[:count]
@@ -286,11 +306,13 @@ class ModelRunner:
                 scores = self._score(hidden, self._put(inputs.scored))
             if len(inputs.sampled) < len(hidden):
                 hidden = hidden[self._put(inputs.sampled)]
-            logits = self.model.compute_logits(hidden) if len(hidden) else hidden
+            logits = self.model.own_logits(hidden) if len(hidden) else hidden
         if not len(inputs.sampled):
             return torch.empty(0, dtype=torch.int64), scores
-        tokens = self.sampler(logits, inputs.slots, inputs.new_positions, inputs.banned, inputs.filtered)
-        self.last_tokens[self._put(inputs.slots.astype(np.int64))] = tokens.clamp(min=0)
+        self._ban(logits, inputs.banned)
+        sampled = self.sampler.put_rows(inputs.slots, inputs.new_positions)
+        tokens = self._sample(logits, sampled[0], sampled[1], inputs.filtered)
+        self.last_tokens[sampled[0]] = tokens.clamp(min=0)
         return tokens, scores
 
     def _prompt_shape(self, inputs: TokenStep) -> PromptShape | None:
@@ -300,7 +322,7 @@ class ModelRunner:
         return self.prompt_graphs.shape(len(inputs.positions), len(inputs.seq_lens), inputs.max_seq_len)
 
     def _prompt_logits(self, shape: PromptShape) -> Tensor:
-        """The captured part of a step of prompts: logits [rows, vocab_size] of each static row's last token."""
+        """The captured part of a step of prompts: this rank's logits of each static row's last token."""
         num_tokens, num_rows, num_blocks = shape
         prompts = self.prompts
         ids, positions, slot_mapping = prompts.tokens[:, :num_tokens]
@@ -316,7 +338,7 @@ class ModelRunner:
         self.backend.prepare(meta)
         hidden = self.model(ids, positions, self.kv_caches, meta)
         last = (meta.query_start_loc[1:] - 1).clamp(min=0)
-        return self.model.compute_logits(hidden.index_select(0, last))
+        return self.model.own_logits(hidden.index_select(0, last))
 
     def _hidden(self, inputs: TokenStep, slots: Tensor, tables: Tensor) -> Tensor:
         """The model's hidden states of a step, launched kernel by kernel."""

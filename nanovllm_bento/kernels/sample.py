@@ -10,6 +10,8 @@ temperature of 1e-5 it is the first of the largest logits, without noise, and fi
 Here: the PyTorch reference and the dispatch; sample_triton.py says how the GPU does it without a sort.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -166,6 +168,81 @@ def sample_rows(
     return sample_triton.sample_rows(
         logits, slot_params, slots, positions, out, filtered=filtered, pdl=use_pdl(logits.device)
     )
+
+
+def sample_shards(
+    logits: torch.Tensor,
+    num_entries: int,
+    first: int,
+    slot_params: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+    ranks: int,
+) -> torch.Tensor:
+    """``sample_rows`` without filters where each rank has a shard of the vocabulary: nothing but the best of each is
+    exchanged, since the largest noisy logit is the largest of the shards'. A CUDA graph can hold it.
+
+    logits: [n, at least num_entries], of tokens first to first + num_entries; as wide on all ranks. first: a multiple
+    of 4. gather: [n, m] -> [n, ranks * m], the ranks' columns side by side. The same tokens on every rank.
+    """
+    best = best_of_shard(logits, num_entries, first, slot_params, slots, positions, ranks)
+    n, _, splits = best.shape
+    best = gather(best.view(n, -1)).view(n, ranks, 2, splits).transpose(1, 2).reshape(n, 2, -1)
+    if logits.device.type == "cpu":
+        return choose_among_reference(best).masked_fill(slots < 0, 0)
+    from nanovllm_bento.kernels import sample_triton
+
+    out = torch.empty(n, dtype=torch.int64, device=logits.device)
+    return sample_triton.choose_among(best, slot_params, slots, out, pdl=use_pdl(logits.device))
+
+
+def best_of_shard(
+    logits: torch.Tensor,
+    num_entries: int,
+    first: int,
+    slot_params: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    ranks: int,
+) -> torch.Tensor:
+    """float32 [n, 2, splits]: the largest noisy logits of parts of a shard (NaN where logits are not numbers), and
+    their tokens, which float32 holds exactly up to 2^24. Anything in padding rows."""
+    if logits.device.type == "cpu":
+        return best_of_shard_reference(logits[:, :num_entries], first, slot_params, slots, positions)
+    from nanovllm_bento.kernels import sample_triton
+
+    return sample_triton.scan_shard(
+        logits, num_entries, first, slot_params, slots, positions, ranks, pdl=use_pdl(logits.device)
+    )
+
+
+def best_of_shard_reference(
+    logits: torch.Tensor, first: int, slot_params: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """One part for the whole shard: [n, 2, 1]."""
+    n, num_entries = logits.shape
+    if not num_entries:
+        return torch.tensor([[-torch.inf], [0.0]]).expand(n, 2, 1)
+    words = slot_params[slots.clamp(min=0).long()]
+    temperature, seeds = words.view(torch.float32)[:, 0], words.view(torch.int64)[:, 2]
+    sampled = temperature >= MIN_TEMPERATURE
+    scores = logits.float() * torch.where(sampled, temperature.reciprocal(), 1.0)[:, None]
+    invalid = scores.isnan().any(dim=-1) | (scores == torch.inf).any(dim=-1)
+    ids = torch.arange(first, first + num_entries)
+    for row in torch.nonzero(sampled & ~invalid).flatten().tolist():
+        u = noise(seeds[row].expand(num_entries), positions[row].expand(num_entries), ids // 4)
+        scores[row] -= torch.log(-torch.log(u.gather(1, (ids % 4)[:, None])[:, 0]))
+    best, index = scores.max(dim=-1)
+    return torch.stack((best.masked_fill(invalid, torch.nan), (index + first).float()), dim=1)[:, :, None]
+
+
+def choose_among_reference(best: torch.Tensor) -> torch.Tensor:
+    """int64 [n]: the token of the largest score, of equal ones the lowest; -1 where there is NaN, or nothing finite."""
+    scores, tokens = best[:, 0], best[:, 1]
+    top = scores.amax(dim=-1)  # NaN if any is
+    chosen = torch.where(scores == top[:, None], tokens, torch.inf).amin(dim=-1)
+    return torch.where(top.isfinite(), chosen, -1.0).long()
 
 
 def ban_tokens(logits: torch.Tensor, flat_indices: torch.Tensor) -> None:

@@ -127,11 +127,13 @@ def _scan(
     params_ptr,
     slots_ptr,
     positions_ptr,
-    partial_ptr,  # float32 [n, 2, MAX_SPLITS]: best score or largest logit; its token or the mass
+    partial_ptr,  # float32 [n, 2, WIDTH]: best score or largest logit; its token or the mass
     group_max_ptr,  # float32 [n, groups]
     row_stride,
     part,  # entries a program reads, a multiple of BLOCK
+    first,  # token id of the first entry, a multiple of 4
     VOCAB: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     FILTERED: tl.constexpr,
     FAST: tl.constexpr,
@@ -170,13 +172,15 @@ def _scan(
                 x, index = _load_tile(row_ptr, start, VOCAB, BLOCK)
                 top = tl.reduce(x, None, _nan_max)
                 largest = _nan_max(largest, top)
-                value, token = _take_noisy(value, token, x, top, start, index, inverse, sampled, seed, position, FAST)
+                value, token = _take_noisy(
+                    value, token, x, top, start + first, index + first, inverse, sampled, seed, position, FAST
+                )
             second = token.to(tl.float32)  # exact: ids are below 2^24
         scaled = largest * inverse
         value = tl.where((scaled != scaled) | (scaled == float("inf")), float("nan"), value)
-        partial_ptr += row * 2 * MAX_SPLITS + split
+        partial_ptr += row * 2 * WIDTH + split
         tl.store(partial_ptr, value)
-        tl.store(partial_ptr + MAX_SPLITS, second)
+        tl.store(partial_ptr + WIDTH, second)
 
 
 @triton.jit
@@ -342,6 +346,7 @@ def _choose(
     out_ptr,
     row_stride,
     splits,
+    WIDTH: tl.constexpr,
     VOCAB: tl.constexpr,
     GROUPS: tl.constexpr,
     CANDIDATES: tl.constexpr,
@@ -361,9 +366,9 @@ def _choose(
     slot = tl.load(slots_ptr + row)
     if slot >= 0:
         lane = tl.arange(0, MAX_SPLITS)
-        partial_ptr += row * 2 * MAX_SPLITS
+        partial_ptr += row * 2 * WIDTH
         value = tl.load(partial_ptr + lane, mask=lane < splits, other=float("-inf"))
-        second = tl.load(partial_ptr + MAX_SPLITS + lane, mask=lane < splits, other=0.0)
+        second = tl.load(partial_ptr + WIDTH + lane, mask=lane < splits, other=0.0)
         top = tl.max(value)
         token = tl.full((), -1, tl.int32)
         if (tl.sum((value != value).to(tl.int32)) == 0) & (tl.abs(top) < float("inf")):
@@ -458,7 +463,9 @@ def sample_rows(
         group_max,
         stride,
         part,
+        0,
         VOCAB=vocab_size,
+        WIDTH=int(MAX_SPLITS),
         BLOCK=block,
         FILTERED=filtered,
         FAST=fast,
@@ -477,6 +484,7 @@ def sample_rows(
         out,
         stride,
         splits,
+        WIDTH=int(MAX_SPLITS),
         VOCAB=vocab_size,
         GROUPS=triton.next_power_of_2(groups),
         CANDIDATES=candidates,
@@ -488,6 +496,83 @@ def sample_rows(
         FAST=fast,
         PDL=pdl,
         num_warps=choose_warps if filtered else 1,
+        launch_pdl=pdl,
+    )
+    return out
+
+
+def scan_shard(
+    logits: Tensor,
+    num_entries: int,
+    first: int,
+    slot_params: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    ranks: int,
+    *,
+    pdl: bool,
+    fast: bool = True,
+    block: int = 2048,
+    num_warps: int = 4,
+    programs: int = 2112,
+) -> Tensor:
+    """float32 [n, 2, splits], the best scores of parts of a shard and their tokens; as sample.py's best_of_shard."""
+    n, length = logits.shape
+    assert logits.stride(1) == 1 and first % 4 == 0
+    blocks = triton.cdiv(length, block)
+    splits = max(1, min(blocks, int(MAX_SPLITS) // ranks, programs // n))
+    part = triton.cdiv(blocks, splits) * block
+    splits = triton.cdiv(length, part)
+    partial = empty((n, 2, splits), dtype=float32, device=logits.device)
+    _scan[(splits, n)](
+        logits,
+        slot_params,
+        slots,
+        positions,
+        partial,
+        partial,
+        logits.stride(0),
+        part,
+        first,
+        VOCAB=num_entries,
+        WIDTH=splits,
+        BLOCK=block,
+        FILTERED=False,
+        FAST=fast,
+        PDL=pdl,
+        num_warps=num_warps,
+        launch_pdl=pdl,
+    )
+    return partial
+
+
+def choose_among(best: Tensor, slot_params: Tensor, slots: Tensor, out: Tensor, *, pdl: bool) -> Tensor:
+    """The tokens of the best scores: best as ``scan_shard`` returns it, of all shards together."""
+    n, _, splits = best.shape
+    assert splits <= int(MAX_SPLITS) and best.is_contiguous()
+    _choose[(n,)](
+        best,
+        slot_params,
+        slots,
+        slots,
+        best,
+        best,
+        best,
+        out,
+        0,
+        splits,
+        WIDTH=splits,
+        VOCAB=1,
+        GROUPS=1,
+        CANDIDATES=1,
+        NARROW=1,
+        TILE=1,
+        PAIRS=1,
+        BLOCK=1,
+        FILTERED=False,
+        FAST=True,
+        PDL=pdl,
+        num_warps=1,
         launch_pdl=pdl,
     )
     return out

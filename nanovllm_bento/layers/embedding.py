@@ -57,26 +57,24 @@ class LMHead(nn.Module):
         self.batch_invariant = False
 
     def forward(self, hidden: Tensor, embed: TokenEmbedding, out: Tensor | None = None) -> Tensor:
-        """hidden: [rows, hidden_size] -> [rows, vocab_size], on every rank, written into ``out`` if given.
+        """This rank's logits: [rows, hidden_size] -> [rows, shard.length], written into ``out`` if given.
 
-        On a GPU in the model's dtype, which the sampler widens as it reads; on a CPU in float32.
+        The first shard.stop - shard.start are of the tokens from shard.start on. On a GPU in the model's dtype, which
+        the sampler widens as it reads; on a CPU in float32.
         """
         weight = embed.rows if self.tied else self.weight
-        alone = self.group.size == 1
-        own = out if alone else None
         few = len(hidden) <= skinny.VECTOR_ROWS and not self.batch_invariant
         if few and skinny.supports(len(hidden), hidden.dtype, hidden.device):
             assert weight is not None
-            logits = skinny.linear(hidden, weight, None, out=own)
+            logits = skinny.linear(hidden, weight, None, out=out)
         else:
-            logits = linear(hidden, weight, None, self.packed, batch_invariant=self.batch_invariant, out=own)
-        if not alone:
-            divides = self.shard.length * self.group.size == self.shard.size
-            logits = self.group.all_gather(logits, out if divides else None)
-            if not divides:
-                logits = logits[:, : self.shard.size]
-                logits = logits.contiguous() if out is None else out.copy_(logits)
+            logits = linear(hidden, weight, None, self.packed, batch_invariant=self.batch_invariant, out=out)
         return logits if logits.is_cuda else logits.float()
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """All ranks' logits, on every rank: [rows, shard.length] -> [rows, vocab_size]."""
+        logits = self.group.all_gather(logits)
+        return logits if logits.shape[1] == self.shard.size else logits[:, : self.shard.size].contiguous()
 
     def weight_specs(self, name: str) -> Iterator[WeightSpec]:
         if self.weight is not None:

@@ -8,9 +8,11 @@ from nanovllm_bento.kernels.sample import (
     ban_tokens,
     new_slot_table,
     sample_rows,
+    sample_shards,
     seed_to_int64,
     slot_words,
 )
+from nanovllm_bento.layers.parallel import ParallelGroup
 from nanovllm_bento.sampling_params import SamplingParams
 
 _NOTHING = np.empty(0, np.int64)
@@ -60,6 +62,19 @@ class Sampler:
         if len(banned):
             ban_tokens(logits, self._put(torch.from_numpy(banned)))
 
+    def sample_shards(
+        self,
+        logits: torch.Tensor,
+        vocab: tuple[int, int],
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        group: ParallelGroup,
+    ) -> torch.Tensor:
+        """One token per row, without filters, from the ranks' shards of the logits; ``vocab``: this rank's tokens."""
+        start, stop = vocab
+        gather = group.all_gather
+        return sample_shards(logits, stop - start, start, self.slot_params, slots, positions, gather, group.size)
+
     def sample_device(
         self,
         logits: torch.Tensor,
@@ -72,24 +87,21 @@ class Sampler:
         return sample_rows(logits, self.slot_params, slots, positions, filtered=filtered, out=out)
 
     def __call__(
-        self,
-        logits: torch.Tensor,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        banned: np.ndarray = _NOTHING,
-        filtered: bool | None = None,
+        self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, banned: np.ndarray = _NOTHING
     ) -> torch.Tensor:
         """Sample one token per row: int64 [n] on the logits' device; -1 where the logits are not numbers.
 
         logits: [n, vocab], contiguous, changed in place. slots: int [n]. positions: int [n], the place of the new token
-        in its sequence. banned: as ``ban``. filtered: as ``needs_filter`` (None: ask it, and apply what changed).
+        in its sequence. banned: as ``ban``. What ``set_slot`` changed is applied first.
         """
-        if filtered is None:
-            self.apply(self.take_changes())
-            filtered = self.needs_filter(slots)
+        self.apply(self.take_changes())
         self.ban(logits, banned)
-        rows = self._put(torch.from_numpy(np.stack([slots, positions]).astype(np.int64, copy=False)))
-        return self.sample_device(logits, rows[0], rows[1], filtered)
+        rows = self.put_rows(slots, positions)
+        return self.sample_device(logits, rows[0], rows[1], self.needs_filter(slots))
+
+    def put_rows(self, slots: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+        """int64 [2, n] on the device."""
+        return self._put(torch.from_numpy(np.stack([slots, positions]).astype(np.int64, copy=False)))
 
     def _put(self, host: torch.Tensor) -> torch.Tensor:
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)

@@ -215,11 +215,12 @@ class DecoderForCausalLM(nn.Module):
         normed: Tensor = self.norm(x, residual)[0]
         return normed
 
-    def compute_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden: [rows, hidden_size] -> [rows, vocab_size], float32 on a CPU, else the model's dtype.
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden_size] -> [rows, vocab_size], on all ranks; float32 on a CPU, else the model's dtype."""
+        return self.lm_head.gather(self.own_logits(hidden))
 
-        out: where to write them (GPU only); None: a new tensor.
-        """
+    def own_logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """This rank's part of them: [rows, lm_head.shard.length]. out: where to write them (GPU only)."""
         logits: Tensor = self.lm_head(hidden, self.embed, out)
         return logits
 

@@ -93,7 +93,8 @@ def generate(group: ParallelGroup, source: Path, skinny: bool = False) -> tuple[
     with ExitStack() as stack:
         if skinny:
             stack.enter_context(patch("nanovllm_bento.kernels.skinny.supports", lambda rows, *_: True))
-            stack.enter_context(patch("nanovllm_bento.layers.linear.pack_weight", lambda weight: None))
+            for module in ("linear", "embedding"):
+                stack.enter_context(patch(f"nanovllm_bento.layers.{module}.pack_weight", lambda weight: None))
         model = load_model(config, source, dtype=torch.float32, group=group)
         backend = TorchAttention(_BLOCK_SIZE, torch.float32)
         model.set_attention_backend(backend)
@@ -115,9 +116,8 @@ def generate(group: ParallelGroup, source: Path, skinny: bool = False) -> tuple[
             )
             backend.prepare(meta)
             hidden = model(torch.tensor(tokens), positions, caches, meta)
-            out = None if group.size == 1 else torch.empty(len(tokens), config.vocab_size)
-            logits = model.compute_logits(hidden, out)
-            assert logits.is_contiguous() and (out is None or logits is out)
+            logits = model.compute_logits(hidden)
+            assert logits.is_contiguous() and logits.shape[1] == config.vocab_size
             return logits
 
         with torch.inference_mode():

@@ -9,6 +9,8 @@ import torch
 from nanovllm_bento.kernels.sample import (
     _MAX_GUMBEL_SPREAD,
     MIN_TEMPERATURE,
+    best_of_shard,
+    choose_among_reference,
     filter_logits,
     noise,
     philox,
@@ -17,6 +19,7 @@ from nanovllm_bento.kernels.sample import (
 )
 from nanovllm_bento.layers.sampler import Sampler
 from nanovllm_bento.sampling_params import SamplingParams
+from tests.kernels.sample_checks import by_shards, check_shards
 
 
 def draw(logits: torch.Tensor, n: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=None):
@@ -163,3 +166,11 @@ def test_a_slots_new_parameters_count_from_the_next_step_and_padding_rows_give_0
     assert sampler.needs_filter(np.array([0, 2])) and not sampler.needs_filter(np.array([0, 1]))
     tokens = {sampler(logits.clone(), np.array([2, 2]), np.array([i, i]))[0].item() for i in range(30)}
     assert tokens == {1, 2}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_shards_of_the_vocabulary_give_the_tokens_of_all_of_it(ranks):
+    def choose(best, slot_params, slots, out):
+        return out.copy_(choose_among_reference(best).masked_fill(slots < 0, 0))
+
+    check_shards(by_shards(best_of_shard, choose, ranks), torch.device("cpu"), 203)

@@ -7,15 +7,18 @@ import pytest
 import torch
 
 from nanovllm_bento.kernels import sample_triton
-from nanovllm_bento.kernels.sample import sample_rows, slot_words
+from nanovllm_bento.kernels.launch import use_pdl
+from nanovllm_bento.kernels.sample import best_of_shard, sample_rows, slot_words
 from nanovllm_bento.layers.sampler import Sampler
 from nanovllm_bento.sampling_params import SamplingParams
 from tests.kernels.sample_checks import (
     FILTERS,
     PLAIN,
+    by_shards,
     check,
     check_invalid_rows,
     check_rows_without_filters_do_not_depend_on_the_variant,
+    check_shards,
     p_value,
     shapes_of_logits,
     table_of,
@@ -157,3 +160,9 @@ def test_a_step_of_the_sampler_never_waits_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode("default")
         assert tokens.tolist() == on_host(logits, slots, positions, banned).tolist()
         assert not len(banned) or tokens[0].item() != best
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_of_the_vocabulary_give_the_tokens_of_all_of_it(ranks: int) -> None:
+    choose = partial(sample_triton.choose_among, pdl=use_pdl(CUDA))
+    check_shards(by_shards(best_of_shard, choose, ranks), CUDA, VOCAB)

@@ -10,9 +10,11 @@ from nanovllm_bento.kernels import sample_triton
 from tests.kernels.sample_checks import (
     FILTERS,
     PLAIN,
+    by_shards,
     check,
     check_invalid_rows,
     check_rows_without_filters_do_not_depend_on_the_variant,
+    check_shards,
     shapes_of_logits,
 )
 
@@ -57,3 +59,9 @@ def test_both_ways_through_a_filtered_row_give_the_same_tokens() -> None:
 @pytest.mark.parametrize("filtered", [False, True])
 def test_rows_that_are_not_numbers_give_no_token(filtered: bool) -> None:
     check_invalid_rows(launch, CPU, 150, filtered=filtered)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shards_of_the_vocabulary_give_the_tokens_of_all_of_it(ranks: int) -> None:
+    scan = partial(sample_triton.scan_shard, pdl=False, fast=False, block=64, programs=12)
+    check_shards(by_shards(scan, partial(sample_triton.choose_among, pdl=False), ranks), CPU, VOCAB)

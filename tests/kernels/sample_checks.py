@@ -160,6 +160,43 @@ def check_rows_without_filters_do_not_depend_on_the_variant(
     assert tokens[0].tolist() == tokens[1].tolist()
 
 
+def by_shards(best_of_shard: Callable[..., torch.Tensor], choose: Callable[..., torch.Tensor], ranks: int) -> Launch:
+    """A launcher for rows without filters that does one rank after the other what ``sample_shards`` does on all.
+
+    best_of_shard, choose: as kernels.sample's best_of_shard and sample_triton's choose_among.
+    """
+
+    def launch(logits, slot_params, slots, positions, *, filtered=False, out=None):  # type: ignore[no-untyped-def]
+        n, vocab_size = logits.shape
+        length = -(-vocab_size // (8 * ranks)) * 8
+        parts = []
+        for first in range(0, ranks * length, length):
+            shard = torch.full((n, length), 1e9, dtype=logits.dtype, device=logits.device)  # beyond the end: not read
+            real = logits[:, first : first + length]
+            shard[:, : real.shape[1]] = real
+            ids = real.shape[1], min(first, vocab_size)
+            parts.append(best_of_shard(shard, *ids, slot_params, slots, positions, ranks))
+        out = torch.full((n,), -77, device=logits.device) if out is None else out
+        return choose(torch.cat(parts, dim=2), slot_params, slots, out)
+
+    return launch
+
+
+def check_shards(launch: Launch, device: torch.device, vocab_size: int) -> None:
+    """Tokens are those of the whole vocabulary, whichever shard they come from; so is what is no number."""
+    for name, logits in shapes_of_logits(len(PLAIN), vocab_size, 6).items():
+        check(launch, device, logits, PLAIN, filtered=False, reordered=name == "peaked")
+    logits = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(9))
+    logits[1, vocab_size - 1] = torch.nan
+    logits[2, 0] = -torch.nan
+    logits[3, vocab_size // 2] = torch.inf
+    logits[4] = -torch.inf
+    logits[5, : vocab_size - 2] = -torch.inf  # all that is left lies in the last shard
+    for row in ({}, {"temperature": 0.0}):
+        tokens = check(launch, device, logits, [row] * 6, filtered=False, reordered=False)
+        assert tokens[1:5].tolist() == [-1] * 4 and tokens[0] >= 0 and tokens[5] >= vocab_size - 2
+
+
 def p_value(tokens: torch.Tensor, probs: torch.Tensor) -> float:
     """Of Pearson's chi-square test that tokens are drawn from probs [vocab]."""
     counts = torch.bincount(tokens, minlength=len(probs)).double()
