@@ -103,7 +103,7 @@ def check_devices(config: EngineConfig, num_gpus: int | None = None, env: Mappin
     """Raises ConfigError if the engine would see fewer devices than it needs."""
     total = count_gpus() if num_gpus is None else num_gpus
     needed, seen = gpus_needed(config), visible_gpus(total, env)
-    if config.device == "auto" and config.tensor_parallel_size == config.data_parallel_size == 1:
+    if config.device == "auto" and (needed == 1 or not total):
         return  # a CPU will do
     if seen < needed:
         listed = (os.environ if env is None else env).get(_VISIBLE)

@@ -107,11 +107,14 @@ def test_visible_devices_are_counted_as_cuda_does(listed: str | None, seen: int)
 def test_too_few_devices_are_refused_with_the_reason() -> None:
     check_devices(config(tp=2), 2, {})
     check_devices(config("auto"), 0, {})
+    check_devices(config("auto", tp=2), 0, {})
     check_devices(config("cpu", tp=1), 0, {})
     with pytest.raises(
         ConfigError, match=r"tensor_parallel_size=2 .* 2 GPUs needed, 1 visible \(CUDA_VISIBLE_DEVICES=1"
     ):
         check_devices(config(tp=2), 4, {"CUDA_VISIBLE_DEVICES": "1"})
+    with pytest.raises(ConfigError, match="2 GPUs needed, 1 visible"):
+        check_devices(config("auto", tp=2), 1, {})
     with pytest.raises(ConfigError, match="1 GPU needed, 0 visible"):
         check_devices(config("cuda"), 0, {})
 
