@@ -4,6 +4,12 @@ MODEL ?= demo
 PORT ?= 3000
 ARGS ?=
 PYTEST_ARGS ?=
+VARIANT ?= cpu
+BUNDLE ?=
+BACKEND ?= docker
+IMAGE ?= nanovllm:$(if $(filter cuda,$(VARIANT)),cuda,latest)
+CONTAINERIZE_ARGS ?=
+DOCKER_ARGS ?=
 
 # PYTHON=python3.12 chooses the interpreter; otherwise scripts/bootstrap.py looks for one that works.
 BOOTSTRAP := $(or $(PYTHON),python3) scripts/bootstrap.py --venv $(VENV) $(if $(PYTHON),--python $(PYTHON))
@@ -12,9 +18,10 @@ SOURCES := nanovllm_bento scripts tests $(wildcard service.py examples benchmark
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-dev venv-bench serve chat test kernels lint types format unit e2e bench doctor bento clean
+.PHONY: container container-run container-test deploy-check
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 venv:  ## make the virtual environment with what serving needs
 	@$(BOOTSTRAP)
@@ -61,8 +68,24 @@ bench: venv-bench  ## offline benchmark against transformers (MODEL=demo, ARGS=.
 doctor: venv  ## what this machine offers and what the engine would choose
 	@$(BIN)/nanovllm-bento doctor
 
-bento: venv-dev  ## build the Bento
-	$(BIN)/bentoml build
+bento: venv-dev  ## build the Bento (VARIANT=cuda; BUNDLE=demo puts that model into it) and print its tag
+	@$(BIN)/python scripts/bento.py --variant $(VARIANT) --model "$(BUNDLE)"
+
+# From /, for BentoML takes the Bento's template only from below the current folder.
+container: venv-dev  ## build the Bento and its image, with Docker (BACKEND=buildah, CONTAINERIZE_ARGS="--opt ...")
+	@tag=$$($(BIN)/python scripts/bento.py --variant $(VARIANT) --model "$(BUNDLE)") && bin=$$(cd $(BIN) && pwd) && \
+	cd / && $$bin/bentoml containerize $$tag --backend $(BACKEND) -t $(IMAGE) $(CONTAINERIZE_ARGS)
+
+container-run:  ## run that image with Docker, as safe as Kubernetes would (MODEL, PORT, DOCKER_ARGS="--gpus all")
+	docker run --rm --read-only --tmpfs /tmp --volume nanovllm-cache:/cache --cap-drop ALL \
+		--security-opt no-new-privileges --stop-timeout 30 --publish $(PORT):3000 \
+		$(if $(filter command%,$(origin MODEL)),--env NANOVLLM_MODEL=$(MODEL)) $(DOCKER_ARGS) $(IMAGE) serve
+
+container-test: venv-dev  ## prove the container without Docker: as root, on Debian, with buildah
+	$(BIN)/python scripts/container_test.py $(ARGS)
+
+deploy-check: venv-dev  ## check deploy/ with the tools that read it (ARGS="--install" gets those of pip and npm)
+	@$(BIN)/python scripts/deploy_check.py $(ARGS)
 
 clean:  ## remove caches and build outputs (not the virtual environment)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage *.egg-info

@@ -14,6 +14,7 @@ from pydantic import Field
 from nanovllm_bento import log_format
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine.process_client import ProcessEngineClient, prestart_engine
+from nanovllm_bento.engine.processes import ipc_folder
 from nanovllm_bento.serving.app import create_app
 from nanovllm_bento.serving.batch import (
     BatchGate,
@@ -28,6 +29,7 @@ from nanovllm_bento.serving.batch import (
 from nanovllm_bento.serving.context import ServingContext
 from nanovllm_bento.serving.front import Front
 from nanovllm_bento.serving.lifetime import drain_on_sigterm, end_with
+from nanovllm_bento.serving.main_process import guard
 from nanovllm_bento.serving.middleware import middlewares
 from nanovllm_bento.serving.openai.endpoints import OpenAIEndpoints
 from nanovllm_bento.serving.private_logs import keep_bodies_out_of_logs
@@ -67,6 +69,8 @@ class NanoVLLM:
     @staticmethod
     def prestart() -> None:
         """In the main process, before there are workers: the engine loads while they start."""
+        log_format.set_up(config.log_format, "main", level=config.log_level)
+        guard(config, ipc_folder(os.getpid(), config.ipc_dir))
         prestart_engine(engine_config, config, os.getpid())
 
     @bentoml.on_startup

@@ -142,6 +142,11 @@ class ServiceConfig(_Settings):
     """Restarts after faults within ten minutes, at most; then the service stays not ready."""
     engine_max_resumes: int = Field(2, ge=0)
     """Restarts of the engine through which one request goes on; at the next it ends with an error."""
+    worker_max_restarts: int = Field(3, ge=0)
+    """API workers that are replaced within ten minutes when they end without being told to; after that the service ends
+    with exit code 1."""
+    end_on_failure: bool | None = None
+    """End with exit code 1 once no engine will come, instead of answering 503 with the reason; None: in a container."""
     shutdown_grace_seconds: float = Field(20.0, ge=0)
     """After SIGTERM: time for running requests to finish before they end with an error."""
     bentoml_instruments: bool = False

@@ -57,6 +57,8 @@ from nanovllm_bento.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
+FAILURE_FILE = "failure"
+"""In the service's folder: why no engine will come, once that is certain."""
 _HELLO_INTERVAL = 0.5  # seconds between greetings to an engine that has not answered
 _RESTART_WINDOW = 600.0  # seconds over which engine_max_restarts counts
 _LOCK_INTERVAL = 0.5  # seconds between tries to become the supervisor
@@ -435,7 +437,7 @@ class ProcessEngineClient:
     def _fail(self, why: str) -> None:
         """No engine will come: end what is open and stay not ready."""
         self.failure = why
-        (self._folder / "failure").write_text(why)
+        (self._folder / FAILURE_FILE).write_text(why)
         logger.error("%s", why)
         for request in self._requests.values():
             request.fail(EngineDeadError(why))
@@ -443,7 +445,7 @@ class ProcessEngineClient:
 
     def _learn_failure(self) -> bool:
         """Whether no engine will come, as the worker that supervised it has found."""
-        if self.failure is None and (told := self._folder / "failure").exists():
+        if self.failure is None and (told := self._folder / FAILURE_FILE).exists():
             self._fail(told.read_text())
         return self.failure is not None
 

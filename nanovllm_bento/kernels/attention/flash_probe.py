@@ -86,7 +86,8 @@ def _fingerprint(module: str) -> list[object]:
 
 
 def _cache_file() -> Path:
-    home = os.environ.get("NANOVLLM_CACHE") or Path.home() / ".cache" / "nanovllm_bento"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    home = os.environ.get("NANOVLLM_CACHE") or base / "nanovllm_bento"  # as hub.py's, which kernels do not import
     return Path(home) / "flash_attn.json"
 
 
