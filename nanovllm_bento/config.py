@@ -90,7 +90,7 @@ class EngineConfig(_Settings):
     tensor_parallel_size: int = Field(1, ge=1, le=8)
     """Ranks that share the model, each a process with a device of its own (docs/parallelism.md)."""
     enable_expert_parallel: bool = False
-    """Mixture of experts: each rank holds whole experts instead of a part of every one."""
+    """Mixtures of experts only: each rank holds whole experts instead of a part of every one."""
     tensor_parallel_timeout: float = Field(30.0, gt=0)
     """Seconds without any progress of a tensor-parallel rank, while a step waits for it, after which it counts as hung
     and the engine ends. Not while the engine starts."""

@@ -148,7 +148,7 @@ class EngineCore:
         seconds = {"resolve_model": time.perf_counter() - started}
         config = _with_step_size(config)
         size = config.tensor_parallel_size
-        ranks, group, publish = None, SINGLE, None
+        ranks, group, publish, runner = None, SINGLE, None, None
         if size > 1:
             check_split(model_config, size)
             device = choose_device(config.device, size - 1).type
@@ -183,7 +183,7 @@ class EngineCore:
             if ranks is None:
                 raise
             cause = None if isinstance(error, NanoVLLMError) else ranks.cause()
-            _leave(ranks, group, None)
+            _leave(ranks, group, runner)
             if cause is None:
                 raise
             raise type(cause)(str(cause)) from error

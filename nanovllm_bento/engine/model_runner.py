@@ -81,7 +81,7 @@ class ModelRunner:
         self.torch_device = choose_device(config.device, group.rank)
         self.on_gpu = self.torch_device.type == "cuda"
         self.torch_dtype = _choose_dtype(config.dtype, model_config, self.torch_device)
-        self.device, self.dtype = str(self.torch_device), str(self.torch_dtype).removeprefix("torch.")
+        self.device, self.dtype = self.torch_device.type, str(self.torch_dtype).removeprefix("torch.")
         self.kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, self.torch_dtype)
         self.kv_cache_dtype = str(self.kv_dtype).removeprefix("torch.")
         self.vocab_size = model_config.vocab_size
@@ -179,13 +179,13 @@ class ModelRunner:
         for seq in batch.admitted:
             self.sampler.set_slot(seq.slot, seq.sampling)
         self.builder.update_tables(batch)
-        slots = np.array([seq.slot for seq in batch.sampled], np.int64)
+        slots = np.array([seq.slot for seq in batch.sampled], np.int32)
         new_slots, filtered = self.sampler.take_changes(), self.sampler.needs_filter(slots)
         if self.graphs is not None and self.builder.fits_decode(batch, self.backend.fuses_decode):
             size = self.graphs.find(len(batch.sampled))
             if size is not None:
-                return self.builder.decode_step(batch, size, new_slots, filtered)
-        return self.builder.token_step(batch, new_slots, filtered)
+                return self.builder.decode_step(batch, slots, size, new_slots, filtered)
+        return self.builder.token_step(batch, slots, new_slots, filtered)
 
     def execute(self, inputs: DecodeStep | TokenStep) -> tuple[Tensor, Tensor | None]:
         """Enqueue a step: its tokens, int64 [num_sampled], and scores (see ``_score``), on the device.

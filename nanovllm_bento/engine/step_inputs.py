@@ -15,17 +15,14 @@ Array = np.ndarray
 
 
 class StepInputs(msgspec.Struct, array_like=True, kw_only=True):
-    """What both forms have: who samples, and how.
+    """What both forms have about sampling.
 
     new_slots: int32 [n, 8], sampling parameters of the slots given to new sequences (kernels.sample.slot_words).
-    slots: int32 [num_sampled]. new_positions: int32 [num_sampled], the place of the new token in its sequence.
     banned: int64 [m], row * vocab_size + token id of what must not be sampled (ends before min_tokens). filtered:
     whether any row asks for top-k, top-p or min-p.
     """
 
     new_slots: Array
-    slots: Array
-    new_positions: Array
     banned: Array
     filtered: bool
 
@@ -50,7 +47,8 @@ class TokenStep(StepInputs, tag=2, array_like=True, kw_only=True):
 
     row_slots: int32 [num_rows]. query_start_loc: int32 [num_rows + 1]. seq_lens: int32 [num_rows]. tables: int32
     [num_rows, width]. prompt_ids: int32 [num_tokens - num_decode]. positions, slot_mapping: int64 [num_tokens].
-    sampled: int64 [num_sampled], the token whose logits each samples from. scored: int64 [2, n], tokens whose logits
+    sampled: int64 [num_sampled], the token whose logits each samples from. slots, new_positions: int32 [num_sampled],
+    who samples, and the place of the new token in its sequence. scored: int64 [2, n], tokens whose logits
     score, and what they score.
     """
 
@@ -63,6 +61,8 @@ class TokenStep(StepInputs, tag=2, array_like=True, kw_only=True):
     positions: Array
     slot_mapping: Array
     sampled: Array
+    slots: Array
+    new_positions: Array
     scored: Array
     max_query_len: int
     max_seq_len: int
@@ -104,8 +104,8 @@ class StepBuilder:
         fills = len(chunks) > 1 and any(c.end > c.store_from and c.end % self.block_size == 0 for c in chunks)
         return not (fills and fuses_decode)
 
-    def decode_step(self, batch: Batch, graph_size: int, new_slots: Array, filtered: bool) -> DecodeStep:
-        slots = np.array([seq.slot for seq in batch.sampled], np.int32)
+    def decode_step(self, batch: Batch, slots: Array, graph_size: int, new_slots: Array, filtered: bool) -> DecodeStep:
+        """slots: int32 [num_sampled], those of batch.sampled."""
         positions = np.array([*batch.positions, *(chunk.start for chunk in batch.prefill)], np.int32)
         blocks = self.block_tables[slots, positions // self.block_size]
         entering = tokens = np.empty(0, np.int32)
@@ -118,8 +118,6 @@ class StepBuilder:
             tokens = np.array([chunk.seq.token_ids[chunk.start] for chunk in batch.prefill], np.int32)
         return DecodeStep(
             new_slots=new_slots,
-            slots=slots,
-            new_positions=positions + 1,
             banned=self._banned(batch, positions + 1),
             filtered=filtered,
             graph_size=graph_size,
@@ -129,11 +127,14 @@ class StepBuilder:
             tokens=tokens,
         )
 
-    def token_step(self, batch: Batch, new_slots: Array, filtered: bool) -> TokenStep:
+    def token_step(self, batch: Batch, slots: Array, new_slots: Array, filtered: bool) -> TokenStep:
+        """slots: int32 [num_sampled], those of batch.sampled."""
         size, num_decode = self.block_size, len(batch.decode)
-        slots = [seq.slot for seq in batch.decode]
+        row_slots = [seq.slot for seq in batch.decode]
         positions = [np.array(batch.positions, np.int64)]
-        slot_mapping = [self.block_tables[slots, positions[0] // size].astype(np.int64) * size + positions[0] % size]
+        slot_mapping = [
+            self.block_tables[row_slots, positions[0] // size].astype(np.int64) * size + positions[0] % size
+        ]
         query_lens, seq_lens = [1] * num_decode, [p + 1 for p in batch.positions]
         prompt_ids = array("i")
         sampled = list(range(num_decode))
@@ -145,7 +146,7 @@ class StepBuilder:
             where = np.arange(chunk.start, chunk.end)
             mapping = self.block_tables[slot, where // size].astype(np.int64) * size + where % size
             mapping[where < chunk.store_from] = -1
-            slots.append(slot)
+            row_slots.append(slot)
             positions.append(where)
             slot_mapping.append(mapping)
             query_lens.append(chunk.end - chunk.start)
@@ -162,19 +163,19 @@ class StepBuilder:
         max_seq_len = max(seq_lens)
         return TokenStep(
             new_slots=new_slots,
-            slots=np.array([seq.slot for seq in batch.sampled], np.int32),
-            new_positions=new_positions,
             banned=self._banned(batch, new_positions),
             filtered=filtered,
             num_decode=num_decode,
-            row_slots=np.array(slots, np.int32),
+            row_slots=np.array(row_slots, np.int32),
             query_start_loc=np.cumsum([0, *query_lens], dtype=np.int32),
             seq_lens=np.array(seq_lens, np.int32),
-            tables=self.block_tables[slots, : -(-max_seq_len // size)],
+            tables=self.block_tables[row_slots, : -(-max_seq_len // size)],
             prompt_ids=np.frombuffer(prompt_ids, np.int32) if prompt_ids else np.empty(0, np.int32),
             positions=all_positions,
             slot_mapping=np.concatenate(slot_mapping),
             sampled=np.array(sampled, np.int64),
+            slots=slots,
+            new_positions=new_positions,
             scored=np.array([scored, targets], np.int64),
             max_query_len=max(query_lens),
             max_seq_len=max_seq_len,

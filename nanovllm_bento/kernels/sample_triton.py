@@ -121,19 +121,19 @@ def _load_tile(row_ptr, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(row_ptr + index, mask=index < VOCAB, other=float("-inf")).to(tl.float32), index
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _scan(
     logits_ptr,
     params_ptr,
     slots_ptr,
     positions_ptr,
-    partial_ptr,  # float32 [n, 2, WIDTH]: best score or largest logit; its token or the mass
+    partial_ptr,  # float32 [n, 2, width]: best score or largest logit; its token or the mass
     group_max_ptr,  # float32 [n, groups]
     row_stride,
     part,  # entries a program reads, a multiple of BLOCK
     first,  # token id of the first entry, a multiple of 4
+    width,
     VOCAB: tl.constexpr,
-    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     FILTERED: tl.constexpr,
     FAST: tl.constexpr,
@@ -178,9 +178,9 @@ def _scan(
             second = token.to(tl.float32)  # exact: ids are below 2^24
         scaled = largest * inverse
         value = tl.where((scaled != scaled) | (scaled == float("inf")), float("nan"), value)
-        partial_ptr += row * 2 * WIDTH + split
+        partial_ptr += row * 2 * width + split
         tl.store(partial_ptr, value)
-        tl.store(partial_ptr + WIDTH, second)
+        tl.store(partial_ptr + width, second)
 
 
 @triton.jit
@@ -334,7 +334,7 @@ def _choose_among_candidates(
     return token
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "width"])
 def _choose(
     logits_ptr,
     params_ptr,
@@ -346,7 +346,7 @@ def _choose(
     out_ptr,
     row_stride,
     splits,
-    WIDTH: tl.constexpr,
+    width,
     VOCAB: tl.constexpr,
     GROUPS: tl.constexpr,
     CANDIDATES: tl.constexpr,
@@ -366,9 +366,9 @@ def _choose(
     slot = tl.load(slots_ptr + row)
     if slot >= 0:
         lane = tl.arange(0, MAX_SPLITS)
-        partial_ptr += row * 2 * WIDTH
+        partial_ptr += row * 2 * width
         value = tl.load(partial_ptr + lane, mask=lane < splits, other=float("-inf"))
-        second = tl.load(partial_ptr + WIDTH + lane, mask=lane < splits, other=0.0)
+        second = tl.load(partial_ptr + width + lane, mask=lane < splits, other=0.0)
         top = tl.max(value)
         token = tl.full((), -1, tl.int32)
         if (tl.sum((value != value).to(tl.int32)) == 0) & (tl.abs(top) < float("inf")):
@@ -444,47 +444,25 @@ def sample_rows(
     candidates: how many are compared with one another at most; narrow: groups tried where no top_k is asked for.
     """
     n, vocab_size = logits.shape
-    assert logits.stride(1) == 1 and vocab_size < 2**24
-    blocks = triton.cdiv(vocab_size, block)
-    splits = max(1, min(blocks, int(MAX_SPLITS), programs // n))
-    part = triton.cdiv(blocks, splits) * block
-    splits = triton.cdiv(vocab_size, part)
+    assert vocab_size < 2**24
     groups = triton.cdiv(vocab_size, int(GROUP))
-    partial = empty((n, 2, int(MAX_SPLITS)), dtype=float32, device=logits.device)
-    group_max = empty((n, groups), dtype=float32, device=logits.device) if filtered else partial
+    group_max = empty((n, groups), dtype=float32, device=logits.device) if filtered else None
+    rows = (logits, vocab_size, 0, slot_params, slots, positions)
+    partial = _launch_scan(rows, group_max, int(MAX_SPLITS), pdl, fast, block, num_warps, programs)
     lists = empty((n, 2, candidates), dtype=int32, device=logits.device) if filtered else partial
-    stride = logits.stride(0)
-    _scan[(splits, n)](
-        logits,
-        slot_params,
-        slots,
-        positions,
-        partial,
-        group_max,
-        stride,
-        part,
-        0,
-        VOCAB=vocab_size,
-        WIDTH=int(MAX_SPLITS),
-        BLOCK=block,
-        FILTERED=filtered,
-        FAST=fast,
-        PDL=pdl,
-        num_warps=num_warps,
-        launch_pdl=pdl,
-    )
+    splits = partial.shape[2]
     _choose[(n,)](
         logits,
         slot_params,
         slots,
         positions,
         partial,
-        group_max,
+        partial if group_max is None else group_max,
         lists,
         out,
-        stride,
+        logits.stride(0),
         splits,
-        WIDTH=int(MAX_SPLITS),
+        splits,
         VOCAB=vocab_size,
         GROUPS=triton.next_power_of_2(groups),
         CANDIDATES=candidates,
@@ -499,6 +477,51 @@ def sample_rows(
         launch_pdl=pdl,
     )
     return out
+
+
+def _launch_scan(
+    rows: tuple[Tensor, int, int, Tensor, Tensor, Tensor],
+    group_max: Tensor | None,
+    max_splits: int,
+    pdl: bool,
+    fast: bool,
+    block: int,
+    num_warps: int,
+    programs: int,
+) -> Tensor:
+    """float32 [n, 2, splits], what each program of ``_scan`` hands on.
+
+    rows: logits, how many entries of a row count, the first one's token id; slot_params, slots, positions. group_max:
+    where filtered rows' groups of entries leave their largest; None: no row is filtered.
+    """
+    logits, num_entries, first, slot_params, slots, positions = rows
+    n, length = logits.shape
+    assert logits.stride(1) == 1 and first % 4 == 0
+    blocks = triton.cdiv(length, block)
+    splits = max(1, min(blocks, max_splits, programs // n))
+    part = triton.cdiv(blocks, splits) * block
+    splits = triton.cdiv(length, part)
+    partial = empty((n, 2, splits), dtype=float32, device=logits.device)
+    _scan[(splits, n)](
+        logits,
+        slot_params,
+        slots,
+        positions,
+        partial,
+        partial if group_max is None else group_max,
+        logits.stride(0),
+        part,
+        first,
+        splits,
+        VOCAB=num_entries,
+        BLOCK=block,
+        FILTERED=group_max is not None,
+        FAST=fast,
+        PDL=pdl,
+        num_warps=num_warps,
+        launch_pdl=pdl,
+    )
+    return partial
 
 
 def scan_shard(
@@ -517,33 +540,8 @@ def scan_shard(
     programs: int = 2112,
 ) -> Tensor:
     """float32 [n, 2, splits], the best scores of parts of a shard and their tokens; as sample.py's best_of_shard."""
-    n, length = logits.shape
-    assert logits.stride(1) == 1 and first % 4 == 0
-    blocks = triton.cdiv(length, block)
-    splits = max(1, min(blocks, int(MAX_SPLITS) // ranks, programs // n))
-    part = triton.cdiv(blocks, splits) * block
-    splits = triton.cdiv(length, part)
-    partial = empty((n, 2, splits), dtype=float32, device=logits.device)
-    _scan[(splits, n)](
-        logits,
-        slot_params,
-        slots,
-        positions,
-        partial,
-        partial,
-        logits.stride(0),
-        part,
-        first,
-        VOCAB=num_entries,
-        WIDTH=splits,
-        BLOCK=block,
-        FILTERED=False,
-        FAST=fast,
-        PDL=pdl,
-        num_warps=num_warps,
-        launch_pdl=pdl,
-    )
-    return partial
+    rows = (logits, num_entries, first, slot_params, slots, positions)
+    return _launch_scan(rows, None, int(MAX_SPLITS) // ranks, pdl, fast, block, num_warps, programs)
 
 
 def choose_among(best: Tensor, slot_params: Tensor, slots: Tensor, out: Tensor, *, pdl: bool) -> Tensor:
@@ -561,7 +559,7 @@ def choose_among(best: Tensor, slot_params: Tensor, slots: Tensor, out: Tensor, 
         out,
         0,
         splits,
-        WIDTH=splits,
+        splits,
         VOCAB=1,
         GROUPS=1,
         CANDIDATES=1,

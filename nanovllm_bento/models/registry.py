@@ -7,7 +7,7 @@ one line here.
 import importlib
 from typing import TYPE_CHECKING
 
-from nanovllm_bento.errors import UnsupportedArchitectureError
+from nanovllm_bento.errors import ConfigError, UnsupportedArchitectureError
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +45,14 @@ def build_model(
 ) -> "DecoderForCausalLM":
     """The model of ``config.architecture`` with parameters of ``dtype`` on the meta device (shapes, no memory).
 
-    group: builds its rank's part; None: the whole model. expert_parallel: ranks hold whole experts, where the model has
-    any, instead of a part of each. Raises UnsupportedArchitectureError, and ConfigError if the model cannot be split.
+    group: builds its rank's part; None: the whole model. expert_parallel: ranks hold whole experts instead of a part of
+    each. Raises UnsupportedArchitectureError, and ConfigError if the model cannot be split or has no experts.
     """
     from nanovllm_bento.layers.parallel import SINGLE
 
     check_architecture(config.architecture)
+    if expert_parallel and not config.num_experts:
+        raise ConfigError(f"enable_expert_parallel=True, but {config.architecture} has no experts. Leave it out.")
     module = importlib.import_module(f"{_PACKAGE}.{SUPPORTED_ARCHITECTURES[config.architecture]}")
     family = getattr(module, config.architecture)
     options = {"expert_parallel": expert_parallel} if config.num_experts else {}

@@ -87,7 +87,9 @@ def test_step_inputs_arrive_as_they_were_sent():
     builder = StepBuilder(block_size=16, max_num_seqs=4, max_blocks=4, vocab_size=50)
     builder.update_tables(mixed)
     new_slots = np.arange(16, dtype=np.int32).reshape(2, 8)
-    steps = [builder.token_step(mixed, new_slots, True), builder.decode_step(decode, 4, new_slots[:0], False)]
+    slots = np.array([0, 1], np.int32)
+    steps = [builder.token_step(mixed, slots, new_slots, True)]
+    steps.append(builder.decode_step(decode, slots, 4, new_slots[:0], False))
     assert steps[0].banned.tolist() == [50 + token for token in seqs[1].stop_token_ids]
     assert steps[0].sampled.tolist() == [0, 22] and steps[0].query_start_loc.tolist() == [0, 1, 23, 30]
     assert steps[1].rows.tolist() == [[0, 36, 2], [1, 37, 9]]

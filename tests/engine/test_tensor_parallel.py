@@ -109,6 +109,11 @@ def test_a_model_that_cannot_be_split_is_refused_by_name(tmp_path: Path, family:
     assert rank_processes(os.getpid()) == before
 
 
+def test_experts_are_not_split_where_there_are_none(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="enable_expert_parallel=True, but Qwen3ForCausalLM has no experts"):
+        make_engine(tiny, "cpu", enable_expert_parallel=True)
+
+
 def rank_processes(pid: int) -> list[psutil.Process]:
     """The processes of an engine's other ranks that have not ended."""
     children = [p for p in psutil.Process(pid).children() if p.status() != psutil.STATUS_ZOMBIE]
