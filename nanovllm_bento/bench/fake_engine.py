@@ -8,6 +8,7 @@ tokens after a restart and mixed-up streams are seen.
 
 import itertools
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,25 +22,19 @@ import zmq
 
 from nanovllm_bento import hub, log_format
 from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.engine.connections import Connections
 from nanovllm_bento.engine.messages import (
     DEADLINE_EXCEEDED,
     INVALID_REQUEST,
-    Abort,
     Add,
     EngineArgs,
     EngineInfo,
     EngineStats,
-    Heartbeat,
-    Hello,
     OutputItem,
-    Ready,
     StepOutput,
-    ToWorker,
-    encoder,
-    to_engine_decoder,
     unpack_tokens,
 )
-from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, open_pidfd, start_time
+from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, start_time
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import InvalidRequestError, ModelNotFoundError, NanoVLLMError
 from nanovllm_bento.sampling_params import SamplingParams
@@ -158,6 +153,9 @@ class FakeEngine:
         self.waiting.pop(request_id, None)
         self.running.pop(request_id, None)
 
+    def requests_of(self, client: bytes) -> list[str]:
+        return [seq.add.request_id for seq in (*self.running.values(), *self.waiting.values()) if seq.client == client]
+
     def due(self, now: float) -> float | None:
         """Seconds until the next step; None without work."""
         return max(0.0, self.next_step - now) if self.running or self.waiting else None
@@ -209,78 +207,31 @@ class FakeServer:
     """Moves messages between the socket and the fake, as engine/worker.py's EngineServer does."""
 
     def __init__(self, engine: FakeEngine, socket: zmq.Socket[bytes], epoch: int, heartbeat_interval: float) -> None:
-        self.engine, self.socket, self.epoch = engine, socket, epoch
-        self.heartbeat_interval, self.next_heartbeat = heartbeat_interval, 0.0
-        self.poller = zmq.Poller()
-        self.poller.register(socket, zmq.POLLIN)
-        self.clients: dict[bytes, int] = {}  # client id → pidfd
+        self.engine, self.epoch = engine, epoch
+        self.connections = Connections(
+            engine, socket, epoch, heartbeat_interval, add=self._add, requests_of=engine.requests_of
+        )
         self.draining = False
 
     def run(self) -> None:
         """Serve until drained."""
         engine = self.engine
         while not (self.draining and engine.due(0.0) is None):
-            now = time.monotonic()
-            due = engine.due(now)
-            wait = max(0.0, self.next_heartbeat - now)
-            wait = wait if due is None else min(wait, due)
-            for source, _ in self.poller.poll(int(wait * 1000) + 1 if wait else 0):
-                if source is not self.socket:
-                    self._forget(source)
-            self._receive()
+            due = engine.due(time.monotonic())
+            self.connections.wait(math.inf if due is None else due)
+            self.connections.receive()
             now = time.monotonic()
             if engine.due(now) == 0:
                 for client, items in engine.run_step(now).items():
-                    self._send(client, StepOutput(self.epoch, engine.step, items))
-            if now >= self.next_heartbeat:
-                self.next_heartbeat = now + self.heartbeat_interval
-                for client in self.clients:
-                    self._send(client, Heartbeat(self.epoch, engine.stats))
+                    self.connections.send(client, StepOutput(self.epoch, engine.step, items))
+            self.connections.beat()
 
-    def _receive(self) -> None:
-        while True:
-            try:
-                client, payload = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                message = to_engine_decoder.decode(payload)
-            except msgspec.MsgspecError as e:
-                logger.error("dropped a message that is none of ours: %s", e)
-                continue
-            if isinstance(message, Add):
-                try:
-                    self.engine.add(message, client)
-                except InvalidRequestError as e:
-                    item = OutputItem(message.request_id, [], "error", error=e.message, error_code=INVALID_REQUEST)
-                    self._send(client, StepOutput(self.epoch, self.engine.step, [item]))
-            elif isinstance(message, Abort):
-                for request_id in message.request_ids:
-                    self.engine.abort(request_id)
-            elif isinstance(message, Hello):
-                self._greet(client, message.pid)
-
-    def _greet(self, client: bytes, pid: int) -> None:
-        if client not in self.clients:
-            pidfd = open_pidfd(pid)
-            if pidfd is None:
-                return
-            self.clients[client] = pidfd
-            self.poller.register(pidfd, zmq.POLLIN)
-        self._send(client, Ready(self.epoch, os.getpid(), self.engine.info))
-
-    def _forget(self, pidfd: int) -> None:
-        """A client's process ended: nobody waits for its requests."""
-        client = next(c for c, fd in self.clients.items() if fd == pidfd)
-        self.poller.unregister(pidfd)
-        os.close(pidfd)
-        del self.clients[client]
-        for seq in [*self.engine.running.values(), *self.engine.waiting.values()]:
-            if seq.client == client:
-                self.engine.abort(seq.add.request_id)
-
-    def _send(self, client: bytes, message: ToWorker) -> None:
-        self.socket.send_multipart([client, encoder.encode(message)])
+    def _add(self, client: bytes, message: Add) -> None:
+        try:
+            self.engine.add(message, client)
+        except InvalidRequestError as e:
+            item = OutputItem(message.request_id, [], "error", error=e.message, error_code=INVALID_REQUEST)
+            self.connections.send(client, StepOutput(self.epoch, self.engine.step, [item]))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ No message can end the engine: what cannot be decoded is dropped, what cannot be
 
 import gc
 import logging
+import math
 import os
 import signal
 import sys
@@ -22,23 +23,17 @@ import zmq
 
 from nanovllm_bento import log_format
 from nanovllm_bento.config import EngineConfig
+from nanovllm_bento.engine.connections import Connections
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.messages import (
     ENGINE_FAULT,
     INVALID_REQUEST,
-    Abort,
     Add,
     EngineArgs,
-    Heartbeat,
-    Hello,
     OutputItem,
-    Ready,
     StepOutput,
-    ToWorker,
-    encoder,
-    to_engine_decoder,
 )
-from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, open_pidfd, start_time
+from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, start_time
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.errors import EngineError, InvalidRequestError, NanoVLLMError, RankError
 
@@ -53,12 +48,10 @@ class EngineServer:
     """Moves messages between the socket and the core, one pass of ``run_once`` per step."""
 
     def __init__(self, core: EngineCore, socket: zmq.Socket[bytes], epoch: int, heartbeat_interval: float) -> None:
-        self.core, self.socket, self.epoch = core, socket, epoch
-        self.heartbeat_interval = heartbeat_interval
-        self.next_heartbeat = 0.0
-        self.poller = zmq.Poller()
-        self.poller.register(socket, zmq.POLLIN)
-        self.clients: dict[bytes, int] = {}  # client id → pidfd
+        self.core, self.epoch = core, epoch
+        self.connections = Connections(
+            core, socket, epoch, heartbeat_interval, add=self._add, requests_of=self._requests_of
+        )
         self.drain_until: float | None = None
 
     def drain(self, seconds: float) -> None:
@@ -73,38 +66,11 @@ class EngineServer:
             logger.warning("%d requests had not finished in time", len(self.core.scheduler.sequences))
 
     def run_once(self) -> None:
-        timeout = 0 if self.core.has_work else max(0.0, self.next_heartbeat - time.monotonic())
-        for source, _ in self.poller.poll(int(timeout * 1000) + 1 if timeout else 0):
-            if source is not self.socket:
-                self._forget(source)
-        self._receive()
+        self.connections.wait(0.0 if self.core.has_work else math.inf)
+        self.connections.receive(_RECEIVE_SECONDS)
         if self.core.has_work:
             self._send_outputs(self.core.step())
-        if time.monotonic() >= self.next_heartbeat:
-            self.next_heartbeat = time.monotonic() + self.heartbeat_interval
-            heartbeat = Heartbeat(self.epoch, self.core.stats)
-            for client in self.clients:
-                self._send(client, heartbeat)
-
-    def _receive(self) -> None:
-        until = time.monotonic() + _RECEIVE_SECONDS
-        while time.monotonic() < until:
-            try:
-                client, *payload = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                message = to_engine_decoder.decode(b"".join(payload))
-            except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-                logger.error("dropped a message that is none of ours: %s", e)
-                continue
-            if isinstance(message, Add):
-                self._add(client, message)
-            elif isinstance(message, Abort):
-                for request_id in message.request_ids:
-                    self.core.abort(request_id)
-            elif isinstance(message, Hello):
-                self._greet(client, message.pid)
+        self.connections.beat()
 
     def _add(self, client: bytes, message: Add) -> None:
         if self.drain_until is not None:
@@ -118,37 +84,17 @@ class EngineServer:
             logger.exception("a request could not be added")
             why = "The engine could not take the request; its log says more."
             item = OutputItem(message.request_id, [], "error", error=why, error_code=ENGINE_FAULT)
-        self._send(client, StepOutput(self.epoch, self.core.scheduler.step, [item]))
+        self.connections.send(client, StepOutput(self.epoch, self.core.scheduler.step, [item]))
 
-    def _greet(self, client: bytes, pid: int) -> None:
-        if client not in self.clients:
-            pidfd = open_pidfd(pid)
-            if pidfd is None:
-                return
-            self.clients[client] = pidfd
-            self.poller.register(pidfd, zmq.POLLIN)
-        self._send(client, Ready(self.epoch, os.getpid(), self.core.info))
-
-    def _forget(self, pidfd: int) -> None:
-        """A client's process ended: nobody waits for its requests."""
-        client = next(c for c, fd in self.clients.items() if fd == pidfd)
-        self.poller.unregister(pidfd)
-        os.close(pidfd)
-        del self.clients[client]
-        orphans = [s.request_id for s in self.core.scheduler.sequences.values() if s.client_id == client]
-        for request_id in orphans:
-            self.core.abort(request_id)
-        logger.warning("a client's process ended; %d of its requests were aborted", len(orphans))
+    def _requests_of(self, client: bytes) -> list[str]:
+        return [s.request_id for s in self.core.scheduler.sequences.values() if s.client_id == client]
 
     def _send_outputs(self, outputs: list[tuple[Sequence, OutputItem]]) -> None:
         by_client: dict[bytes, list[OutputItem]] = defaultdict(list)
         for seq, item in outputs:
             by_client[seq.client_id].append(item)
         for client, items in by_client.items():
-            self._send(client, StepOutput(self.epoch, self.core.scheduler.committed_step, items))
-
-    def _send(self, client: bytes, message: ToWorker) -> None:
-        self.socket.send_multipart([client, encoder.encode(message)])
+            self.connections.send(client, StepOutput(self.epoch, self.core.scheduler.committed_step, items))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from nanovllm_bento.errors import (
     PromptTooLongError,
     TokenOutOfVocabularyError,
 )
+from tests.engine.core_shapes import core_shapes
 from tests.engine.fake_runner import VOCAB, add, check, expected_tokens, make_core, run, tokens_of
 
 prompt_tokens = st.lists(st.integers(0, 3), min_size=1, max_size=40)  # few values, so that prefixes repeat
@@ -29,26 +30,12 @@ requests = st.lists(
 @settings(max_examples=120)
 @given(
     requests=requests,
-    mode=st.sampled_from(["two_phase", "mixed"]),
-    budget=st.integers(9, 64),
-    max_num_seqs=st.integers(1, 8),
-    block_size=st.sampled_from([1, 2, 4, 16]),
-    num_cache_tokens=st.integers(64, 160),
-    caching=st.booleans(),
+    shape=core_shapes,
     arrivals=st.integers(0, 3),
 )
-def test_tokens_depend_on_the_request_alone(
-    requests, mode, budget, max_num_seqs, block_size, num_cache_tokens, caching, arrivals
-):
+def test_tokens_depend_on_the_request_alone(requests, shape, arrivals):
     """Not on the batch, the schedule mode, the chunk size, the prefix cache, preemption or when others arrive."""
-    core = make_core(
-        num_blocks=num_cache_tokens // block_size,
-        block_size=block_size,
-        schedule_mode=mode,
-        max_num_batched_tokens=budget,
-        max_num_seqs=max_num_seqs,
-        enable_prefix_caching=caching,
-    )
+    core = make_core(**shape)
     expected, got, waiting = {}, {}, list(enumerate(requests))
     while waiting or core.has_work:
         for i, (prompt, max_tokens, ignore_eos, seed) in waiting[: arrivals or len(waiting)]:
@@ -59,8 +46,8 @@ def test_tokens_depend_on_the_request_alone(
             got.setdefault(item.request_id, []).extend(item.new_token_ids)
         check(core)
         for batch in core.runner.batches[-1:]:
-            assert batch.num_tokens <= budget
-            if mode == "two_phase":
+            assert batch.num_tokens <= shape["max_num_batched_tokens"]
+            if shape["schedule_mode"] == "two_phase":
                 assert not (batch.decode and batch.prefill)
     assert got == expected
     assert core.block_manager.num_used_blocks == 0

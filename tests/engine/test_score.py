@@ -19,6 +19,7 @@ from nanovllm_bento.errors import (
     TokenOutOfVocabularyError,
 )
 from nanovllm_bento.sampling_params import SamplingParams
+from tests.engine.core_shapes import core_shapes
 from tests.engine.fake_runner import (
     VOCAB,
     add,
@@ -49,26 +50,12 @@ def scores_of(items: list[OutputItem]) -> tuple[list[float], list[bool]]:
 @settings(max_examples=120)
 @given(
     requests=st.lists(st.one_of(score_requests, generate_requests), min_size=1, max_size=12),
-    mode=st.sampled_from(["two_phase", "mixed"]),
-    budget=st.integers(9, 64),
-    max_num_seqs=st.integers(1, 8),
-    block_size=st.sampled_from([1, 2, 4, 16]),
-    num_cache_tokens=st.integers(64, 160),
-    caching=st.booleans(),
+    shape=core_shapes,
     arrivals=st.integers(0, 3),
 )
-def test_scores_and_tokens_depend_on_the_request_alone(
-    requests, mode, budget, max_num_seqs, block_size, num_cache_tokens, caching, arrivals
-):
+def test_scores_and_tokens_depend_on_the_request_alone(requests, shape, arrivals):
     """Not on the batch, the mode, the chunk size, the prefix cache, preemption or when others arrive."""
-    core = make_core(
-        num_blocks=num_cache_tokens // block_size,
-        block_size=block_size,
-        schedule_mode=mode,
-        max_num_batched_tokens=budget,
-        max_num_seqs=max_num_seqs,
-        enable_prefix_caching=caching,
-    )
+    core = make_core(**shape)
     expected, got, waiting = {}, {}, list(enumerate(requests))
     while waiting or core.has_work:
         for i, (task, prompt, number) in waiting[: arrivals or len(waiting)]:
