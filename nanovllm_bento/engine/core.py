@@ -200,7 +200,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return bool(self.scheduler.sequences) or self.in_flight is not None
+        return bool(self.scheduler.sequences) or self.in_flight is not None or bool(self.scheduler.ended)
 
     @property
     def stats(self) -> EngineStats:

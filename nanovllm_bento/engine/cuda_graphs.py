@@ -11,6 +11,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,8 +138,17 @@ class DecodeGraphs:
         return DecodeGraph(size, graph, logits, samplers)
 
 
-PromptShape = tuple[int, int, int]
-"""What a graph of prompts is made for, at most: tokens, rows (sequences), and blocks of a row."""
+class PromptShape(NamedTuple):
+    """What a graph of prompts is made for, at most: tokens, rows (sequences), and blocks of a row.
+
+    whole: for steps of whole prompts alone.
+    """
+
+    num_tokens: int
+    num_rows: int
+    num_blocks: int
+    whole: bool
+
 
 _PROMPT_ROWS = (1, 16, 64)
 _MIN_TOKENS, _MIN_CONTEXT = 16, 1024
@@ -165,7 +175,7 @@ class PromptGraphs:
         self.max_num_rows = min(max_num_seqs, _PROMPT_ROWS[-1])
         self._graphs: dict[PromptShape, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
 
-    def shape(self, num_tokens: int, num_rows: int, context: int) -> PromptShape | None:
+    def shape(self, num_tokens: int, num_rows: int, context: int, whole: bool = False) -> PromptShape | None:
         """The bucket of a step of prompts; context: tokens of its longest row. None if there is none.
 
         Tokens rise by a quarter of a power of two; contexts, which attention's splits depend on, by powers of two.
@@ -174,8 +184,9 @@ class PromptGraphs:
             return None
         tokens = min(token_bucket(num_tokens), self.max_num_tokens)
         rows = min(next(rows for rows in _PROMPT_ROWS if rows >= num_rows), self.max_num_rows)
-        longest = min(max(_MIN_CONTEXT, 1 << (context - 1).bit_length()), self.max_model_len)
-        return tokens, rows, -(-longest // self.block_size)
+        longest = tokens if whole else max(_MIN_CONTEXT, 1 << (context - 1).bit_length())
+        longest = min(longest, self.max_model_len)
+        return PromptShape(tokens, rows, -(-longest // self.block_size), whole)
 
     def run(self, shape: PromptShape) -> Tensor:
         """Logits of what lies in the static buffers, valid until the next step."""

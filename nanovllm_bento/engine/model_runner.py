@@ -319,11 +319,12 @@ class ModelRunner:
         """The bucket of the graph that can run a step: prompts alone, nothing scored."""
         if self.prompt_graphs is None or inputs.num_decode or inputs.scored.size:
             return None
-        return self.prompt_graphs.shape(len(inputs.positions), len(inputs.seq_lens), inputs.max_seq_len)
+        whole = self.backend.reads_whole_prompts and inputs.whole_prompts
+        return self.prompt_graphs.shape(len(inputs.positions), len(inputs.seq_lens), inputs.max_seq_len, whole)
 
     def _prompt_logits(self, shape: PromptShape) -> Tensor:
         """The captured part of a step of prompts: this rank's logits of each static row's last token."""
-        num_tokens, num_rows, num_blocks = shape
+        num_tokens, num_rows, num_blocks, whole = shape
         prompts = self.prompts
         ids, positions, slot_mapping = prompts.tokens[:, :num_tokens]
         meta = AttentionMetadata(
@@ -334,6 +335,7 @@ class ModelRunner:
             max_query_len=num_tokens,
             max_seq_len=num_blocks * self.block_size,
             num_decode_rows=0,
+            whole_prompts=whole,
         )
         self.backend.prepare(meta)
         hidden = self.model(ids, positions, self.kv_caches, meta)
@@ -350,6 +352,7 @@ class ModelRunner:
             max_query_len=inputs.max_query_len,
             max_seq_len=inputs.max_seq_len,
             num_decode_rows=inputs.num_decode,
+            whole_prompts=inputs.whole_prompts,
         )
         self.backend.prepare(meta)
         input_ids = self._put(inputs.prompt_ids.astype(np.int64))

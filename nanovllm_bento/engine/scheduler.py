@@ -148,6 +148,8 @@ class Scheduler:
 
         Preemption needs a sequence's last token, so it happens only while no step is in flight.
         """
+        if self.ended:
+            self._free_ended()
         batch = Batch(self.step + 1)
         if self.config.schedule_mode == "mixed":
             if self.decoding and not self._schedule_decode(batch):
@@ -265,6 +267,8 @@ class Scheduler:
         """
         assert batch.step == self.committed_step + 1
         self.committed_step = batch.step
+        if self.ended:
+            self._free_ended()
         committed = []
         for row in zip(batch.sampled, tokens, strict=True):
             seq, token = row
@@ -282,8 +286,6 @@ class Scheduler:
                 self._end(seq, "stop")
             elif position == seq.last_position:
                 self._end(seq, "length")
-        if self.ended:
-            self._free_ended()
         return committed
 
     def commit_scores(self, batch: Batch, logprobs: list[float], is_greedy: list[bool]) -> list[Sequence]:
@@ -329,7 +331,10 @@ class Scheduler:
             return  # it waited, and holds nothing
         (self.decoding if seq in self.decoding else self.prefilling).remove(seq)
         # A row of it may be in flight; an ending found at commit knows, an abort (perhaps amid its prompt) does not.
-        if self.step == self.committed_step or (reason in ("stop", "length") and seq.num_inflight == 0):
+        found_at_commit = reason in ("stop", "length")
+        if found_at_commit and seq.num_inflight == 0:
+            self.ended.append((self.committed_step, seq))  # so that clients learn of it before its blocks are freed
+        elif self.step == self.committed_step:
             self._free(seq)
         else:
             self.ended.append((self.step, seq))

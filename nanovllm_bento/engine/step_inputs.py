@@ -67,6 +67,11 @@ class TokenStep(StepInputs, tag=2, array_like=True, kw_only=True):
     max_query_len: int
     max_seq_len: int
 
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether there are no decode rows, and no row has a context before this step."""
+        return not self.num_decode and bool((np.diff(self.query_start_loc) == self.seq_lens).all())
+
 
 def _pack(value: Array) -> tuple[str, tuple[int, ...], bytes]:
     return value.dtype.str, value.shape, value.tobytes()

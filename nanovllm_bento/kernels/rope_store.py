@@ -56,6 +56,8 @@ def qk_norm_rope_store(
     eps: float = 1e-6,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    *,
+    keep: bool = False,
 ) -> Tensor:
     """qkv: contiguous [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], heads of q, then k, then v.
 
@@ -65,13 +67,19 @@ def qk_norm_rope_store(
     RMSNorm weight of each query and key head. Rotation pairs element i with i + head_dim / 2 (GPT-NeoX order).
     Returns q [num_tokens, num_heads, head_dim] in qkv's dtype; qkv's value part is untouched.
 
+    keep: qkv then also holds the keys, as they were before they got the cache's dtype, of all tokens. A head's values
+    that are not all finite become zeros there, and its key NaN: attention that multiplies other prompts' values by
+    zero must not meet a NaN, and the token's own prompt must (see WholePromptBackend).
+
     Rounded to qkv's dtype: the normalised value, its product with the weight, and the rotated value.
     """
     if qkv.is_cuda:
         from nanovllm_bento.kernels.rope_store_triton import qk_norm_rope_store as on_cuda
 
-        return on_cuda(qkv, step, k_cache, v_cache, num_heads, norm_weight, eps, k_scale, v_scale)
-    return qk_norm_rope_store_reference(qkv, step, k_cache, v_cache, num_heads, norm_weight, eps, k_scale, v_scale)
+        return on_cuda(qkv, step, k_cache, v_cache, num_heads, norm_weight, eps, k_scale, v_scale, keep=keep)
+    return qk_norm_rope_store_reference(
+        qkv, step, k_cache, v_cache, num_heads, norm_weight, eps, k_scale, v_scale, keep=keep
+    )
 
 
 def qk_norm_rope_store_reference(
@@ -84,6 +92,8 @@ def qk_norm_rope_store_reference(
     eps: float = 1e-6,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    *,
+    keep: bool = False,
 ) -> Tensor:
     assert step.rows is not None, "the reference wants a step made of CPU tensors"
     num_kv_heads, head_dim = k_cache.shape[-2:]
@@ -97,6 +107,10 @@ def qk_norm_rope_store_reference(
     q, k = qk[:, :num_heads], qk[:, num_heads:]
     _store(k, step.rows, k_cache, k_scale)
     _store(v, step.rows, v_cache, v_scale)
+    if keep:
+        broken = ~v.isfinite().all(-1, keepdim=True)
+        heads[:, num_heads : num_heads + num_kv_heads] = k.masked_fill(broken, torch.nan)
+        v.masked_fill_(broken, 0)
     return q
 
 

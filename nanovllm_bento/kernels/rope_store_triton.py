@@ -38,6 +38,7 @@ def _qk_norm_rope_store_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     HALF_BLOCK: tl.constexpr,  # head_dim / 2 rounded up to a power of two
     GROUP: tl.constexpr,  # heads of a program
+    KEEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -91,7 +92,17 @@ def _qk_norm_rope_store_kernel(  # type: ignore[no-untyped-def]
         q_ptr += token * (NUM_HEADS * HEAD_DIM)
         tl.store(q_ptr + offsets, y1, mask=mask)
         tl.store(q_ptr + HALF + offsets, y2, mask=mask)
-    elif slot >= 0:
+        return
+    if KEEP:
+        infinity: tl.constexpr = float("inf")
+        finite = v_mask & (tl.abs(v1.to(tl.float32)) < infinity) & (tl.abs(v2.to(tl.float32)) < infinity)
+        broken = tl.sum((v_mask & (finite == 0)).to(tl.int32), axis=1, keep_dims=True) > 0
+        tl.store(qkv_ptr + offsets, tl.where(broken, float("nan"), y1), mask=mask)
+        tl.store(qkv_ptr + HALF + offsets, tl.where(broken, float("nan"), y2), mask=mask)
+        zero = tl.zeros_like(v1)
+        tl.store(qkv_ptr + v_offsets, zero, mask=v_mask & broken)
+        tl.store(qkv_ptr + HALF + v_offsets, zero, mask=v_mask & broken)
+    if slot >= 0:
         cache_offsets = slot * (NUM_KV_HEADS * HEAD_DIM) + (offsets - NUM_HEADS * HEAD_DIM)  # int64, as slot is
         k_dtype = k_cache_ptr.dtype.element_ty
         tl.store(k_cache_ptr + cache_offsets, _to_cache_dtype(y1, k_scale, k_dtype), mask=mask)
@@ -112,6 +123,7 @@ def qk_norm_rope_store(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     *,
+    keep: bool = False,
     heads_per_program: int | None = None,
     num_warps: int = 2,
 ) -> Tensor:
@@ -144,6 +156,7 @@ def qk_norm_rope_store(
         HEAD_DIM=head_dim,
         HALF_BLOCK=half_block,
         GROUP=group,
+        KEEP=keep,
         PDL=pdl,
         num_warps=num_warps,
         launch_pdl=pdl,

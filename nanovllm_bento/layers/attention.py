@@ -6,7 +6,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata, FusingBackend
+from nanovllm_bento.kernels.attention.base import (
+    AttentionBackend,
+    AttentionMetadata,
+    FusingBackend,
+    WholePromptBackend,
+)
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, qk_norm_rope_store
 from nanovllm_bento.layers.linear import MergedLinear
 from nanovllm_bento.layers.norm import RMSNorm
@@ -87,10 +92,15 @@ class Attention(nn.Module):
                 self.v_scale,
             )
             return out.flatten(1)
-        q = qk_norm_rope_store(
-            qkv, step, k_cache, v_cache, self.num_heads, self.head_norm_weight, self.eps, self.k_scale, self.v_scale
-        )
-        out = self.backend.forward(q, k_cache, v_cache, meta, self.scale, self.k_scale, self.v_scale)
+        whole = meta.whole_prompts and self.backend.reads_whole_prompts
+        norm, scales = (self.head_norm_weight, self.eps), (self.k_scale, self.v_scale)
+        q = qk_norm_rope_store(qkv, step, k_cache, v_cache, self.num_heads, *norm, *scales, keep=whole)
+        if whole:
+            heads = qkv.view(len(qkv), -1, q.shape[-1])[:, self.num_heads :]
+            k, v = heads.split(self.num_kv_heads, dim=1)
+            out = cast(WholePromptBackend, self.backend).attend_whole_prompts(q, k, v, meta, self.scale)
+        else:
+            out = self.backend.forward(q, k_cache, v_cache, meta, self.scale, *scales)
         return out.flatten(1)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:

@@ -267,6 +267,7 @@ def test_nonsense_is_dropped_or_answered_and_disturbs_nobody(wire):
     for request_id, prompt in (("good", [2, 3]), ("last", [4, 5])):
         assert tokens_of(wire.items[request_id]) == expected_tokens(prompt, SamplingParams(max_tokens=20, seed=0))
     assert all(wire.items[r][-1].error_code == "invalid_request" for r in refused)
+    wire.pass_until(lambda: not wire.core.has_work)
     assert wire.core.block_manager.num_used_blocks == 0
 
 
@@ -317,8 +318,10 @@ def test_draining_finishes_what_runs_and_leaves_what_comes_to_the_next_engine(wi
     wire.server.drain(1000.0)
     wire.send(request("new", [5]))
     wire.server.run()
-    wire.read()
-    assert wire.ended("running") and wire.items["running"][-1].error is None
+    while not wire.ended("running"):
+        assert wire.worker.poll(10_000), "what was sent last has not come"
+        wire.read()
+    assert wire.items["running"][-1].error is None
     assert not wire.items["new"]
 
 

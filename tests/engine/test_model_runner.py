@@ -68,7 +68,10 @@ def test_a_prompt_graph_holds_every_step_that_it_is_found_for(max_tokens, max_se
                 if num_rows > 64:
                     assert shape is None
                     continue
-                tokens, rows, blocks = shape
+                tokens, rows, blocks, _ = shape
+                if context <= num_tokens:
+                    whole = graphs.shape(num_tokens, num_rows, context, whole=True)
+                    assert whole[:2] == shape[:2] and context <= whole.num_blocks * 16 and whole != shape
                 assert num_tokens <= tokens <= max_tokens and num_rows <= rows <= max_seqs
                 assert context <= blocks * 16 < max_len + 16
 
@@ -91,6 +94,7 @@ def test_step_inputs_arrive_as_they_were_sent():
     steps = [builder.token_step(mixed, slots, new_slots, True)]
     steps.append(builder.decode_step(decode, slots, 4, new_slots[:0], False))
     assert steps[0].banned.tolist() == [50 + token for token in seqs[1].stop_token_ids]
+    assert not steps[0].whole_prompts
     assert steps[0].sampled.tolist() == [0, 22] and steps[0].query_start_loc.tolist() == [0, 1, 23, 30]
     assert steps[1].rows.tolist() == [[0, 36, 2], [1, 37, 9]]
     for sent in steps:

@@ -1,17 +1,21 @@
 """Attention backends on a GPU: the Triton kernels and, where installed, FlashAttention, against float64."""
 
+from dataclasses import replace
+from typing import cast
+
 import pytest
 import torch
 
 from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.kernels.attention import explain_backends, select_backend
-from nanovllm_bento.kernels.attention.base import AttentionBackend
+from nanovllm_bento.kernels.attention.base import AttentionBackend, WholePromptBackend
 from nanovllm_bento.kernels.attention.flash_backend import find_library
 from tests.kernels.attention_checks import (
     DECODE,
     FP8,
     MIXED,
     PREFILL,
+    TOLERANCES,
     WITH_PREFIX,
     Case,
     assert_bits_do_not_depend_on_the_batch,
@@ -23,6 +27,7 @@ from tests.kernels.attention_checks import (
     make_case,
     make_fused_case,
     make_meta,
+    owned_slots,
     reference,
     relative_error,
     run,
@@ -247,6 +252,26 @@ def flash_or_skip(**shape: object) -> AttentionBackend:
 def test_flash_attention(rows: list[tuple[int, int]], num_decode: int, block_size: int) -> None:
     shape = {"heads": 16, "kv_heads": 8, "head_dim": 128, "dtype": BF16, "block_size": block_size}
     assert_right(flash_or_skip(**shape), make_case(rows, num_decode, device="cuda", **shape))
+
+
+@pytest.mark.parametrize("lengths", [[5], [1, 300, 17, 64], [130] * 9])
+def test_flash_attention_of_whole_prompts(lengths: list[int]) -> None:
+    shape = {"heads": 16, "kv_heads": 8, "head_dim": 128, "dtype": BF16}
+    attention = flash_or_skip(**shape)
+    if not attention.reads_whole_prompts:
+        pytest.skip("this build takes no keys but the cache's")
+    case = make_case([(n, n) for n in lengths], 0, device="cuda", **shape)
+    slots = torch.cat([owned_slots(case.meta, row, 16) for row in range(len(lengths))])
+    packed = torch.cat([case.q, *(c.flatten(0, 1)[slots] for c in (case.k_cache, case.v_cache))], dim=1)
+    q, k, v = packed.split((16, 8, 8), dim=1)  # as the projection lays them out
+    meta = replace(case.meta, whole_prompts=True)
+    attention.prepare(meta)
+    found = cast(WholePromptBackend, attention).attend_whole_prompts(q.contiguous(), k, v, meta, case.scale)
+    assert relative_error(found, reference(case)) < TOLERANCES[BF16]
+    k[-1] = torch.nan  # what rope_store leaves where a value is not finite
+    broken = cast(WholePromptBackend, attention).attend_whole_prompts(q.contiguous(), k, v, meta, case.scale)
+    assert broken[-1].isnan().all()
+    assert torch.equal(broken[: -lengths[-1]], found[: -lengths[-1]])
 
 
 def test_flash_attention_padding_rows_are_zeros() -> None:

@@ -85,6 +85,24 @@ def test_prompts_by_graph_give_the_eager_tokens_again_and_again(tiny, attention)
     assert results[0] == results[1]
 
 
+def test_whole_prompts_give_the_tokens_of_prompts_in_chunks(tmp_path):
+    """FlashAttention, where there is one, reads whole prompts' keys past the cache; chunks come from its pages."""
+    folder = make_tiny("qwen3", tmp_path, head_dim=128, max_position_embeddings=512)
+    texts = []
+    for max_num_batched_tokens in (512, 80):
+        core = engine(folder, enable_prefix_caching=False, max_num_batched_tokens=max_num_batched_tokens)
+        for turn in range(2):  # eagerly, then by graph
+            for i, length in enumerate((130, 17, 64, 200)):
+                add(core, f"{i}", list(range(i, i + length)), 12, ignore_eos=True, temperature=0.0)
+            tokens = run_all(core)
+            assert not turn or tokens == texts[-1]
+            texts.append(tokens)
+        if max_num_batched_tokens == 512 and core.runner.backend.reads_whole_prompts:
+            assert all(shape.whole for shape in core.runner.prompt_graphs._graphs)
+    same = [a == b for name in texts[0] for a, b in zip(texts[0][name], texts[-1][name], strict=True)]
+    assert sum(same) / len(same) > 0.7  # bfloat16: a near tie tips what follows
+
+
 def test_what_lies_in_padding_tokens_reaches_no_other(tmp_path):
     """Rows of attention that belong to no prompt are never written: here they hold NaN."""
     core = engine(make_tiny("qwen3", tmp_path, head_dim=64, tie_word_embeddings=False))

@@ -93,6 +93,12 @@ def test_rope_store_with_any_heads(heads, kv_heads):
     checks.check_rope_store(qk_norm_rope_store, case)
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(3, 1), (16, 8), (32, 8)])
+def test_rope_store_keeps_the_keys_of_whole_prompts(heads, kv_heads):
+    case = RopeCase(dtype=torch.bfloat16, device="cuda", head_dim=128, heads=heads, kv_heads=kv_heads, num_tokens=400)
+    checks.check_rope_store_keeps_the_keys(qk_norm_rope_store, case)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("cache_dtype", [None, FP8], ids=["same_cache", "fp8_cache"])
 def test_rope_store_rounds_as_the_reference(cache_dtype, dtype):

@@ -70,6 +70,12 @@ def test_rope_store_with_any_heads_in_any_groups(heads_per_program, heads, kv_he
     checks.check_rope_store(qk_norm_rope_store, case, heads_per_program=heads_per_program)
 
 
+@pytest.mark.parametrize("heads, kv_heads, norm", [(4, 2, True), (3, 3, False), (12, 3, True)])
+def test_rope_store_keeps_the_keys_of_whole_prompts(heads, kv_heads, norm):
+    case = checks.RopeCase(dtype=torch.float16, device="cpu", heads=heads, kv_heads=kv_heads, head_dim=80, norm=norm)
+    checks.check_rope_store_keeps_the_keys(qk_norm_rope_store, case)
+
+
 def test_rope_store_rounds_as_the_reference():
     case = checks.RopeCase(dtype=torch.float16, device="cpu", num_tokens=12)
     checks.check_rope_rounds_as_the_reference(qk_norm_rope_store, case)

@@ -182,7 +182,11 @@ class RopeCase:
 
     def wanted(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v in float64, [num_tokens, heads of each, head_dim]."""
-        x = self.qkv.double().view(self.qkv.shape[0], -1, self.head_dim)
+        return self.wanted_of(self.qkv.view(self.qkv.shape[0], -1, self.head_dim))
+
+    def wanted_of(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``wanted`` of another projection, [num_tokens, heads of all, head_dim]."""
+        x = qkv.double()
         qk, v = x[:, : self.heads + self.kv_heads], x[:, self.heads + self.kv_heads :]
         if self.weight is not None:
             qk = norm64(qk, self.weight)
@@ -210,6 +214,27 @@ def check_rope_store(op: Op, case: RopeCase, **options: int) -> None:
     close(case.stored(case.k_cache), wanted_k[case.slots >= 0], case.k_cache.dtype)
     assert torch.equal(case.stored(case.v_cache).double(), wanted_v[case.slots >= 0])
     assert torch.equal(case.qkv, before)
+
+
+def check_rope_store_keeps_the_keys(op: Op, case: RopeCase) -> None:
+    """Beside the cache, all of them; and what is not finite stays with its own token and head."""
+    num_tokens, last = case.qkv.shape[0], case.heads + 2 * case.kv_heads - 1
+    before = case.qkv.view(num_tokens, -1, case.head_dim).clone()
+    case.run(op, keep=True)
+    after = case.qkv.view(num_tokens, -1, case.head_dim)
+    wanted_keys = case.wanted_of(before)[1]
+    keys, values = after[:, case.heads : case.heads + case.kv_heads], after[:, case.heads + case.kv_heads :]
+    close(keys, wanted_keys, case.dtype)
+    assert torch.equal(values, before[:, case.heads + case.kv_heads :])
+    case.qkv.copy_(before.flatten(1))
+    case.qkv.view(num_tokens, -1, case.head_dim)[1, last, 3] = torch.nan
+    case.qkv.view(num_tokens, -1, case.head_dim)[2, last, -1] = -torch.inf
+    case.run(op, keep=True)
+    broken = torch.zeros(num_tokens, case.kv_heads, dtype=torch.bool, device=keys.device)
+    broken[1:3, -1] = True
+    assert keys[broken].isnan().all() and (values[broken] == 0).all()
+    assert torch.equal(values[~broken], before[:, case.heads + case.kv_heads :][~broken])
+    close(keys[~broken], wanted_keys[~broken], case.dtype)
 
 
 def check_rope_rounds_as_the_reference(op: Op, case: RopeCase) -> None:

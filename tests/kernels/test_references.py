@@ -9,6 +9,7 @@ from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.linear import best_cpu_dtype, linear, pack_weight
 from nanovllm_bento.kernels.norm import add_rms_norm, rms_norm
 from nanovllm_bento.kernels.rope_store import make_step, qk_norm_rope_store
+from tests.kernels.small_kernel_checks import RopeCase, check_rope_store_keeps_the_keys
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -126,6 +127,11 @@ def test_qk_norm_rope_store(norm: bool, head_dim: int, dtype: torch.dtype) -> No
     untouched = [slot for slot in range(12) if slot not in slots.tolist()]
     assert (k_cache.view(12, -1)[untouched] == 9).all()
     assert (v_cache.view(12, -1)[untouched] == 9).all()
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
+def test_qk_norm_rope_store_keeps_the_keys_of_whole_prompts(norm: bool) -> None:
+    check_rope_store_keeps_the_keys(qk_norm_rope_store, RopeCase(dtype=torch.bfloat16, device="cpu", norm=norm))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ class AttentionMetadata:
     slot_mapping: int64 [num_tokens], where each token's key and value go (block * block_size + offset); -1: no store.
     max_query_len, max_seq_len: maxima over rows, in tokens (under a CUDA graph: bounds that hold at every replay).
     num_decode_rows: how many rows are decode rows; row r of them owns token r.
+    whole_prompts: there are no decode rows, and every row's query tokens are all it attends to.
     """
 
     query_start_loc: "torch.Tensor"
@@ -29,6 +30,7 @@ class AttentionMetadata:
     max_query_len: int
     max_seq_len: int
     num_decode_rows: int
+    whole_prompts: bool = False
 
     @property
     def has_prefill_rows(self) -> bool:
@@ -49,6 +51,8 @@ class AttentionBackend(Protocol):
     """Whether the same holds for steps of prefill rows only; padding rows have no query tokens and length 0."""
     fuses_decode: bool
     """Whether it is a FusingBackend."""
+    reads_whole_prompts: bool
+    """Whether it is a WholePromptBackend."""
 
     def prepare(self, meta: AttentionMetadata) -> None:
         """Once per step, outside any graph: derive what all layers share."""
@@ -125,6 +129,17 @@ class FusingBackend(AttentionBackend, Protocol):
         """
 
 
+class WholePromptBackend(AttentionBackend, Protocol):
+    """A backend that can take a step of whole prompts from its own keys and values, past the cache's pages."""
+
+    def attend_whole_prompts(
+        self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", meta: AttentionMetadata, scale: float
+    ) -> "torch.Tensor":
+        """``forward`` of a meta with whole_prompts. k, v: [num_tokens, num_kv_heads, head_dim], contiguous in the last
+        dimension, as qk_norm_rope_store with ``keep`` leaves them. A NaN of one row may reach another row by v alone.
+        """
+
+
 class PhasedAttention:
     """Implements AttentionBackend with one backend for decode rows and another for prefill rows."""
 
@@ -133,6 +148,7 @@ class PhasedAttention:
         self.capturable = decode.capturable
         self.captures_prefill = prefill.captures_prefill
         self.fuses_decode = decode.fuses_decode
+        self.reads_whole_prompts = prefill.reads_whole_prompts
         self._prefill = prefill
         self._decode = decode
 
@@ -178,3 +194,8 @@ class PhasedAttention:
         return cast("FusingBackend", self._decode).decode_from_qkv(
             qkv, step, k_cache, v_cache, meta, scale, num_heads, norm_weight, eps, k_scale, v_scale
         )
+
+    def attend_whole_prompts(
+        self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", meta: AttentionMetadata, scale: float
+    ) -> "torch.Tensor":
+        return cast("WholePromptBackend", self._prefill).attend_whole_prompts(q, k, v, meta, scale)

@@ -10,7 +10,7 @@ An fp8 cache is not served: version 3 wants q in e4m3 too.
 import importlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,8 @@ LIBRARIES = {3: "flash_attn_interface", 2: "flash_attn", 4: "flash_attn.cute"}
 """Version -> module, in the order of preference."""
 FWD3 = {"q", "k", "v", "out", "cu_seqlens_q", "seqused_k", "max_seqlen_q", "page_table", "softmax_scale", "is_causal"}
 """What we give to version 3's operator; all else stays at its default."""
+WHOLE3 = {"cu_seqlens_k", "max_seqlen_k", "num_splits"}
+"""And what we give to it besides for whole prompts."""
 
 
 @dataclass(slots=True)
@@ -54,6 +56,7 @@ class FlashAttention:
             raise ValueError(reason)
         self.version, self._module = found
         self.captures_prefill = self.version in (2, 3)
+        self.reads_whole_prompts = self.version == 3 and self._module.is_operator
         self._prefill_call: Callable[..., Tensor] = {2: self._prefill2, 3: self._prefill3, 4: self._prefill4}[
             self.version
         ]
@@ -82,7 +85,7 @@ class FlashAttention:
         block_size: int,
         device: torch.device,
     ) -> str | None:
-        """None if one small step of both phases runs here, else the reason why not. Waits for the device.
+        """None if one small step of each kind runs here, else the reason why not. Waits for the device.
 
         Some builds end the process where they lack a case: flash_probe.py calls this in one of its own.
         """
@@ -97,9 +100,20 @@ class FlashAttention:
         )
         q = torch.ones(4, num_heads, head_dim, dtype=dtype, device=device)
         cache = torch.ones(16, block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
+        whole = replace(
+            meta,
+            query_start_loc=torch.tensor([0, 3, 4], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([3, 1], dtype=torch.int32, device=device),
+            num_decode_rows=0,
+            whole_prompts=True,
+        )
         try:
             self.prepare(meta)
             right = bool((self.forward(q, cache, cache, meta, 0.1) - 1).abs().max() < 0.01)
+            if self.reads_whole_prompts:
+                self.prepare(whole)
+                k = q[:, :num_kv_heads]
+                right &= bool((self.attend_whole_prompts(q, k, k, whole, 0.1) - 1).abs().max() < 0.01)
         except Exception as error:  # whatever a foreign library raises
             lines = str(error).strip().splitlines()
             return f"FlashAttention-{self.version} fails on a trial: {lines[0] if lines else type(error).__name__}"
@@ -174,6 +188,22 @@ class FlashAttention:
             self._prefill3(q[first:], k_cache, v_cache, self._step, scale * k_scale, out[first:])
         else:
             out[first:] = self._prefill(q[first:], k_cache, v_cache, scale * k_scale, v_scale)
+
+    def attend_whole_prompts(self, q: Tensor, k: Tensor, v: Tensor, meta: AttentionMetadata, scale: float) -> Tensor:
+        assert self._step is not None, "prepare comes first"
+        step = self._step
+        found: Tensor = self._module(
+            q,
+            k,
+            v,
+            cu_seqlens_q=step.cu_seqlens_q,
+            cu_seqlens_k=step.cu_seqlens_q,
+            max_seqlen_q=step.max_query_len,
+            max_seqlen_k=step.max_query_len,
+            softmax_scale=scale,
+            num_splits=1,
+        )
+        return found
 
     def _decode(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, v_scale: float
@@ -261,22 +291,30 @@ class FlashAttention:
         return found
 
 
-def _load3() -> Callable[..., Tensor]:
-    """Version 3's forward, taking FWD3's arguments: its operator, or the Python around it if they do not agree."""
-    with suppress(ImportError, OSError, AttributeError):
-        importlib.import_module("flash_attn_3._C")  # registers the operator
-        operator = torch.ops.flash_attn_3.fwd.default
-        if {argument.name for argument in operator._schema.arguments} >= FWD3:
-            return lambda *args, **options: operator(*args, **options, is_causal=True)[0]
-    function = importlib.import_module(LIBRARIES[3]).flash_attn_with_kvcache
+class _Forward3:
+    """Version 3's forward, taking FWD3's arguments: its operator, or the Python around it if they do not agree.
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor, out: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        found: Tensor = function(q, k, v, cache_seqlens=seqused_k, causal=True, **options)
+    is_operator: which; the operator takes WHOLE3's arguments too.
+    """
+
+    def __init__(self) -> None:
+        self.is_operator = False
+        with suppress(ImportError, OSError, AttributeError):
+            importlib.import_module("flash_attn_3._C")  # registers the operator
+            self._function = torch.ops.flash_attn_3.fwd.default
+            names = {argument.name for argument in self._function._schema.arguments}
+            self.is_operator = names >= FWD3 | WHOLE3
+        if not self.is_operator:
+            self._function = importlib.import_module(LIBRARIES[3]).flash_attn_with_kvcache
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        found: Tensor
+        if self.is_operator:
+            found = self._function(q, k, v, **options, is_causal=True)[0]
+            return found
+        out = options.pop("out", None)
+        found = self._function(q, k, v, cache_seqlens=options.pop("seqused_k"), causal=True, **options)
         return found if out is None else out.copy_(found)
-
-    return forward
 
 
 @cache
@@ -294,7 +332,7 @@ def find_library(block_size: int, device: torch.device) -> tuple[tuple[int, Any]
             reasons.append(f"FlashAttention-2 needs a block_size that is a multiple of 256, not {block_size}")
         else:
             try:
-                return (version, _load3() if version == 3 else importlib.import_module(module)), None
+                return (version, _Forward3() if version == 3 else importlib.import_module(module)), None
             except (ImportError, OSError) as error:  # OSError: a library that it links to is missing
                 reasons.append(f"FlashAttention-{version} cannot be imported ({error})")
     return None, "; ".join(reasons)

@@ -16,6 +16,8 @@ import torch
 
 TIMEOUT = 120.0
 """Seconds a trial may take."""
+_TRIAL = 2
+"""Which form of FlashAttention.trial an answer is of."""
 
 
 def probe(
@@ -23,7 +25,7 @@ def probe(
 ) -> str | None:
     """None if FlashAttention (its ``module``) runs the case on this GPU, else the reason why not."""
     case: list[str | int] = [module, num_heads, num_kv_heads, head_dim, str(dtype).removeprefix("torch."), block_size]
-    key = json.dumps([*case, _fingerprint(module), torch.cuda.get_device_name(), torch.__version__])
+    key = json.dumps([*case, _TRIAL, _fingerprint(module), torch.cuda.get_device_name(), torch.__version__])
     cache = _cache_file()
     known = _read(cache)
     if key in known:
@@ -92,7 +94,7 @@ def _cache_file() -> Path:
 
 
 def main() -> None:
-    """The child: runs one small step of both phases and prints the answer as JSON."""
+    """The child: runs one small step of each kind and prints the answer as JSON."""
     from nanovllm_bento.kernels.attention.flash_backend import FlashAttention
 
     _, num_heads, num_kv_heads, head_dim, dtype, block_size = json.loads(sys.argv[1])

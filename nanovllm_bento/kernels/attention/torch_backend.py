@@ -43,6 +43,7 @@ class TorchAttention:
     name = "torch"
     capturable = False
     captures_prefill = False
+    reads_whole_prompts = False
     fuses_decode = False
 
     def __init__(self, block_size: int, dtype: torch.dtype) -> None:

@@ -30,6 +30,7 @@ class TritonAttention:
     name = "triton"
     capturable = True
     captures_prefill = True
+    reads_whole_prompts = False
 
     def __init__(
         self,
