@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--num-seqs", default="256,64,16,1")
     parser.add_argument("--kv-dtype", default="auto", choices=["auto", "fp8"])
     parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--load-format", default="auto", choices=["auto", "dummy"], help="dummy: random weights")
     args = parser.parse_args()
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")
@@ -66,6 +67,7 @@ def main() -> None:
         gpu_memory_utilization=0.9,
         enable_prefix_caching=False,
         kv_cache_dtype=args.kv_dtype,
+        load_format=args.load_format,
         generation_config="vllm",
         disable_log_stats=True,
     )

@@ -174,6 +174,7 @@ def test_graphs_of_different_sizes_among_eager_calls_with_late_ranks(two_gpus):
 
 def two_ranks_on_one_gpu() -> None:
     torch.cuda.set_device(0)
+    torch.cuda._sleep(1)  # a kernel is loaded when first called, which may wait for those that run
     for dtype in (torch.bfloat16, torch.float32):
         for rows, n in [(1, 4096), (40, 2048), (100, 1000)]:
             check_on_one_gpu(rows, n, dtype)

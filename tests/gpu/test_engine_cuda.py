@@ -35,6 +35,7 @@ def test_greedy_tokens_equal_the_cpu(family, tmp_path):
 
 
 def test_a_quantised_gguf_file_gives_the_cpus_tokens(tmp_path):
+    pytest.importorskip("gguf")
     reference = load_reference(make_tiny("llama", tmp_path))
     path = tmp_path / "model.gguf"
     write_gguf(reference, path, "llama", quantize=True)
