@@ -187,8 +187,8 @@ def sample_shards(
     of 4. gather: [n, m] -> [n, ranks * m], the ranks' columns side by side. The same tokens on every rank.
     """
     best = best_of_shard(logits, num_entries, first, slot_params, slots, positions, ranks)
-    n, _, splits = best.shape
-    best = gather(best.view(n, -1)).view(n, ranks, 2, splits).transpose(1, 2).reshape(n, 2, -1)
+    n = len(best)
+    best = join_shards(gather(best.view(n, -1)), ranks)
     if logits.device.type == "cpu":
         return choose_among_reference(best).masked_fill(slots < 0, 0)
     from nanovllm_bento.kernels import sample_triton
@@ -215,6 +215,15 @@ def best_of_shard(
     return sample_triton.scan_shard(
         logits, num_entries, first, slot_params, slots, positions, ranks, pdl=use_pdl(logits.device)
     )
+
+
+def join_shards(gathered: torch.Tensor, ranks: int) -> torch.Tensor:
+    """gathered: [n, ranks * 2 * splits], each rank's ``best_of_shard`` of a row after the other's.
+
+    Returns [n, 2, ranks * splits], contiguous.
+    """
+    n = len(gathered)
+    return gathered.view(n, ranks, 2, -1).transpose(1, 2).contiguous().view(n, 2, -1)
 
 
 def best_of_shard_reference(

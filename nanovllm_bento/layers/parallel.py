@@ -25,7 +25,6 @@ from nanovllm_bento.kernels.peer_memory import PeerMemory, PeerMemoryError
 
 logger = logging.getLogger(__name__)
 
-_OVERLAP_BYTES = 16 << 20
 MAX_ROW_BYTES = 16384
 """Rows of an all-reduce are taken to be no longer than 8,192 numbers of 16 bits unless ``connect`` is told."""
 
@@ -133,23 +132,6 @@ class ParallelGroup:
         options.asyncOp = False  # on the caller's stream, without events to and from NCCL's own
         _wait(self.process_group.allreduce([x], options))
         return x
-
-    def begin_all_reduce(self, x: Tensor) -> Callable[[], Any]:
-        """``all_reduce`` of a large x beside whatever the caller launches next. The sum is in x once what is returned
-        has been called, which makes the caller's stream wait for it, not the host; until then x must be left alone."""
-        if self.size == 1 or not x.is_cuda or (self.batch_invariant and self.size > 2):
-            self.all_reduce(x)
-            return lambda: None
-        from torch import distributed as dist
-
-        work = self.process_group.allreduce([x], dist.AllreduceOptions())
-        return lambda: work.wait()
-
-    def overlaps(self, x: Tensor) -> bool:
-        """Whether sums of half of x: [rows, n] are large enough to be worth another stream."""
-        if self.size == 1 or not x.is_cuda or x.numel() * x.element_size() < _OVERLAP_BYTES:
-            return False
-        return self.workspace is None or not self.workspace.takes(x[: len(x) // 2])
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: [rows, n] -> [rows, size * n], the ranks' columns side by side, in ``out`` if given."""

@@ -8,7 +8,6 @@ attention and MLP return are partial sums, which the norm that follows completes
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata
-from nanovllm_bento.kernels.norm import add_rms_norm, rms_norm
+from nanovllm_bento.kernels.norm import rms_norm
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, make_step
 from nanovllm_bento.layers.attention import Attention
 from nanovllm_bento.layers.embedding import LMHead, TokenEmbedding
@@ -140,27 +139,6 @@ class DecoderLayer(nn.Module):
         self.mlp.finalize()
 
 
-class _Half:
-    """Some tokens' residual stream, and the block's output that is on its way to be added to it."""
-
-    def __init__(self, embedded: Tensor, group: ParallelGroup) -> None:
-        self.group = group
-        self.x, self.residual = embedded, cast(Tensor | None, None)
-        self.wait: Callable[[], object] = lambda: None
-
-    def begin_sum(self, partial_sum: Tensor) -> None:
-        self.x, self.wait = partial_sum, self.group.begin_all_reduce(partial_sum)
-
-    def next_input(self, norm: RMSNorm) -> Tensor:
-        """What the next block takes: [num_tokens, hidden_size]."""
-        self.wait()
-        if self.residual is None:
-            self.residual = self.x
-            return rms_norm(self.x, norm.weight, norm.eps)
-        normed, self.residual = add_rms_norm(self.x, self.residual, norm.weight, norm.eps)
-        return normed
-
-
 class DecoderForCausalLM(nn.Module):
     """A whole model, or rank ``group.rank``'s part of it, which the ranks of the group call together.
 
@@ -231,31 +209,11 @@ class DecoderForCausalLM(nn.Module):
                 hidden = layer.forward_fused(hidden, step, kv_cache, meta)
             return rms_norm(hidden, self.norm.weight, self.norm.eps)
         x, residual = self.embed(input_ids), None
-        if self.group.overlaps(x):
-            return self._forward_in_halves(x, step, kv_caches, meta)
         for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
             forward = layer.forward_skinny if few else layer
             x, residual = forward(x, residual, step, kv_cache, meta)
         normed: Tensor = self.norm(x, residual)[0]
         return normed
-
-    def _forward_in_halves(
-        self, x: Tensor, step: RopeStoreStep, kv_caches: Sequence[tuple[Tensor, Tensor]], meta: AttentionMetadata
-    ) -> Tensor:
-        """``forward`` of a step so large that its sums over the ranks take longer than their launch.
-
-        All but attention is done for one half of the tokens after the other: while the ranks exchange the partial sums
-        of a half, the other half is computed.
-        """
-        halves = [_Half(part, self.group) for part in x.tensor_split(2)]
-        for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
-            qkv = torch.cat([layer.attention.qkv(half.next_input(layer.input_norm)) for half in halves])
-            attended = layer.attention.attend(qkv, step, kv_cache, meta).tensor_split(2)
-            for half, part in zip(halves, attended, strict=True):
-                half.begin_sum(layer.attention.out(part))
-            for half in halves:
-                half.begin_sum(layer.mlp(half.next_input(layer.post_attention_norm)))
-        return torch.cat([half.next_input(self.norm) for half in halves])
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden_size] -> [rows, vocab_size], on all ranks; float32 on a CPU, else the model's dtype."""

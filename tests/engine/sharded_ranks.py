@@ -84,12 +84,10 @@ def _serve(rank: int, folder: Path, pipe: Connection) -> None:
         group.close()
 
 
-def generate(
-    group: ParallelGroup, source: Path, skinny: bool = False, halves: bool = False
-) -> tuple[np.ndarray, list[int]]:
+def generate(group: ParallelGroup, source: Path, skinny: bool = False) -> tuple[np.ndarray, list[int]]:
     """Logits of PROMPT and NUM_NEW greedy tokens after it, float32 [num_tokens, vocab_size], and those tokens.
 
-    skinny: as steps of few rows run on a GPU, by the references of those kernels. halves: as large steps run there.
+    skinny: as steps of few rows run on a GPU, by the references of those kernels.
     """
     config = read_config(source)
     with ExitStack() as stack:
@@ -97,8 +95,6 @@ def generate(
             stack.enter_context(patch("nanovllm_bento.kernels.skinny.supports", lambda rows, *_: True))
             for module in ("linear", "embedding"):
                 stack.enter_context(patch(f"nanovllm_bento.layers.{module}.pack_weight", lambda weight: None))
-        if halves:
-            stack.enter_context(patch.object(ParallelGroup, "overlaps", lambda group, x: len(x) > 1))
         model = load_model(config, source, dtype=torch.float32, group=group)
         backend = TorchAttention(_BLOCK_SIZE, torch.float32)
         model.set_attention_backend(backend)

@@ -96,12 +96,6 @@ def test_steps_of_few_rows_compute_the_same(family: str, ranks: Ranks, make: Mak
     assert_equal_to_one_rank([generate(SINGLE, source, skinny=True)], source)
 
 
-@pytest.mark.parametrize("family", ["qwen3_bias", "qwen3_moe_some"])
-def test_steps_in_halves_compute_the_same(family: str, ranks: Ranks, make: Make) -> None:
-    source = make(family)
-    assert_equal_to_one_rank(ranks.run(2, generate, source, False, True), source)
-
-
 def test_an_mlp_without_forms_of_its_own_for_few_rows_computes_the_same(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ def test_rows_that_are_not_numbers_give_no_token(filtered: bool) -> None:
     check_invalid_rows(launch, CPU, 150, filtered=filtered)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_shards_of_the_vocabulary_give_the_tokens_of_all_of_it(ranks: int) -> None:
-    scan = partial(sample_triton.scan_shard, pdl=False, fast=False, block=64, programs=12)
+@pytest.mark.parametrize(("ranks", "block"), [(2, 64), (3, 64), (2, 256)])  # 256: a shard is read in one part
+def test_shards_of_the_vocabulary_give_the_tokens_of_all_of_it(ranks: int, block: int) -> None:
+    scan = partial(sample_triton.scan_shard, pdl=False, fast=False, block=block, programs=12)
     check_shards(by_shards(scan, partial(sample_triton.choose_among, pdl=False), ranks), CPU, VOCAB)

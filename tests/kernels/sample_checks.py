@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from nanovllm_bento.kernels.sample import (
+    join_shards,
     new_slot_table,
     noise,
     sample_rows_reference,
@@ -175,9 +176,9 @@ def by_shards(best_of_shard: Callable[..., torch.Tensor], choose: Callable[..., 
             real = logits[:, first : first + length]
             shard[:, : real.shape[1]] = real
             ids = real.shape[1], min(first, vocab_size)
-            parts.append(best_of_shard(shard, *ids, slot_params, slots, positions, ranks))
+            parts.append(best_of_shard(shard, *ids, slot_params, slots, positions, ranks).view(n, -1))
         out = torch.full((n,), -77, device=logits.device) if out is None else out
-        return choose(torch.cat(parts, dim=2), slot_params, slots, out)
+        return choose(join_shards(torch.cat(parts, dim=1), ranks), slot_params, slots, out)
 
     return launch
 
