@@ -2,8 +2,8 @@
 # The HTTP side, ours and vLLM's on one GPU machine: benchmarks/http_gpu.sh MODEL OUT
 #
 # Servers one after the other, each under the same load of `bench serve` (random prompts of 512 token ids, 128 tokens out,
-# streaming, ignore_eos, temperature 0.6, no prefix cache): ours with its defaults, ours with WORKERS (4) API processes, vLLM
-# as it comes, vLLM with 4 API processes and a stream interval of 4. SERVERS="ours vllm" runs some of them. vLLM is looked for in
+# streaming, ignore_eos, temperature 0.6, no prefix cache): ours with its defaults, vLLM as it comes, vLLM with 4 API processes
+# and a stream interval of 4; SERVERS="ours vllm" runs some of them, and ours-one-worker is one more. vLLM is looked for in
 # $SITE_VLLM. Results: OUT/SERVER-closed.json (256, 64 and 1 at a time) and OUT/SERVER-rate.json (16 requests a second).
 set -uo pipefail
 model=$1 out=$2 port=8200
@@ -13,7 +13,7 @@ load() {
     local name=$1 url=http://127.0.0.1:$port options
     options=(--base-url "$url" --model bench --random-input-len 512 --random-output-len 128 --ignore-eos --temperature 0.6 --no-plots)
     python3 -m nanovllm_bento.bench.serve "${options[@]}" --warmup 64 --max-concurrency 256,64,1 \
-        --num-prompts "${PROMPTS:-2000,800,16}" --json "$out/$name-closed.json" >"$out/$name.log" 2>&1
+        --num-prompts "${PROMPTS:-2560,1280,32}" --json "$out/$name-closed.json" >"$out/$name.log" 2>&1
     echo "$name, closed: exit status $?"
     python3 -m nanovllm_bento.bench.serve "${options[@]}" --seed 1 --warmup 8 --request-rate 16 --num-prompts 200 \
         --json "$out/$name-rate.json" >>"$out/$name.log" 2>&1
@@ -50,10 +50,10 @@ vllm() {
 }
 
 out=$(realpath "$out")
-for name in ${SERVERS:-ours ours-workers vllm vllm-api4}; do
+for name in ${SERVERS:-ours vllm vllm-api4}; do
     case $name in
-    ours) ours NANOVLLM_WORKERS=1 ;;
-    ours-workers) ours NANOVLLM_WORKERS="${WORKERS:-4}" ;;
+    ours) ours ;;
+    ours-one-worker) ours NANOVLLM_WORKERS=1 ;;
     vllm) vllm ;;
     vllm-api4) vllm --api-server-count 4 --stream-interval 4 ;;
     esac
