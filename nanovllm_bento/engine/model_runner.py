@@ -33,6 +33,8 @@ from nanovllm_bento.layers.sampler import Sampler, score_rows
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.loader import load_model
 
+_PROMPT_SIZES = (64, 1024)
+"""Between a decode step's tokens and the largest step's, which are run at start anyway."""
 KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 _GPU_SCORE_BYTES, _CPU_SCORE_BYTES = 2**28, 2**26
 """Bytes of float32 logits that are made at a time to score prompt tokens."""
@@ -142,6 +144,9 @@ class ModelRunner:
         if config.max_model_len is None:
             self.max_model_len = min(self.max_model_len, self.num_blocks * config.block_size)
         started = self._phase("kv_cache", started)
+        if self.on_gpu:
+            self._load_kernels()
+            started = self._phase("kernels", started)
 
         max_blocks = -(-self.max_model_len // config.block_size)
         self.builder = StepBuilder(config.block_size, config.max_num_seqs, max_blocks, self.vocab_size)
@@ -438,6 +443,19 @@ class ModelRunner:
         del logits
         num_scored = min(len(hidden), self.score_rows)
         self._score(hidden, self._put(np.stack([np.arange(num_scored), np.zeros(num_scored, np.int64)])))
+
+    def _load_kernels(self) -> None:
+        """Run prompts of several sizes once. Kernels are chosen by the number of tokens, and compiled or loaded when
+        first called, which may take seconds: not while a client waits."""
+        most = min(self.config.max_num_batched_tokens or 0, self.max_model_len)
+        try:
+            with torch.inference_mode():
+                for num_tokens in _PROMPT_SIZES:
+                    if num_tokens <= most:
+                        self._dummy_step([num_tokens], 1)
+        except torch.OutOfMemoryError:  # who has set the cache's size may have left no room; steps will say so
+            if self.group.size > 1:
+                raise  # the other ranks are in the middle of this step
 
     def _peak(self, step: Callable[[], None]) -> int:
         """Bytes that ``step`` needs at most beyond what was allocated before."""
