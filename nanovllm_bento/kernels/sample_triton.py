@@ -121,7 +121,12 @@ def _load_tile(row_ptr, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(row_ptr + index, mask=index < VOCAB, other=float("-inf")).to(tl.float32), index
 
 
-@triton.jit(do_not_specialize=["width"])
+# Slots and positions are read one number at a time, so that nothing is gained by knowing how they are aligned. They are
+# the rows of one tensor: an odd number of sequences would have both kernels compiled anew, for seconds, amid traffic.
+_UNALIGNED = ["slots_ptr", "positions_ptr"]
+
+
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=_UNALIGNED)
 def _scan(
     logits_ptr,
     params_ptr,
@@ -334,7 +339,7 @@ def _choose_among_candidates(
     return token
 
 
-@triton.jit(do_not_specialize=["splits", "width"])
+@triton.jit(do_not_specialize=["splits", "width"], do_not_specialize_on_alignment=_UNALIGNED)
 def _choose(
     logits_ptr,
     params_ptr,

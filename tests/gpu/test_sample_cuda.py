@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import triton
 
 from nanovllm_bento.kernels import sample_triton
 from nanovllm_bento.kernels.launch import use_pdl
@@ -160,6 +161,23 @@ def test_a_step_of_the_sampler_never_waits_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode("default")
         assert tokens.tolist() == on_host(logits, slots, positions, banned).tolist()
         assert not len(banned) or tokens[0].item() != best
+
+
+def test_any_number_of_rows_runs_the_same_kernels(monkeypatch) -> None:
+    sampler = Sampler(16, CUDA)
+
+    def sample(rows: int) -> None:
+        slots = np.arange(rows)
+        for slot in slots:
+            sampler.set_slot(int(slot), SamplingParams(temperature=0.7, top_k=20, top_p=0.95, seed=1))
+        sampler(torch.zeros(rows, VOCAB, dtype=torch.bfloat16, device=CUDA), slots, slots)
+
+    sample(4)
+    asked_for = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **found: asked_for.append(found["src"].name))
+    for rows in (1, 2, 3, 13, 16):
+        sample(rows)
+    assert not asked_for
 
 
 @pytest.mark.parametrize(("ranks", "vocab_size"), [(2, VOCAB), (4, VOCAB), (2, 512)])  # 512: one part a shard
