@@ -29,6 +29,7 @@ from nanovllm_bento.serving.batch import (
 from nanovllm_bento.serving.context import ServingContext
 from nanovllm_bento.serving.front import Front
 from nanovllm_bento.serving.lifetime import drain_on_sigterm, end_with
+from nanovllm_bento.serving.logs import skip_unwritten_lines
 from nanovllm_bento.serving.main_process import guard
 from nanovllm_bento.serving.middleware import middlewares
 from nanovllm_bento.serving.openai.endpoints import OpenAIEndpoints
@@ -77,6 +78,7 @@ class NanoVLLM:
     async def start(self) -> None:
         log_format.set_up(config.log_format, "worker", level=config.log_level)
         keep_bodies_out_of_logs()
+        skip_unwritten_lines()
         end_with(owner_pid)
         drain_on_sigterm(lambda: context.drain(config.shutdown_grace_seconds))
         await context.start()

@@ -75,21 +75,25 @@ class Connections:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             try:
-                client, *payload = self.socket.recv_multipart(zmq.NOBLOCK)
+                client, *frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            try:
-                message = to_engine_decoder.decode(b"".join(payload))
-            except (msgspec.MsgspecError, UnicodeDecodeError) as e:
-                logger.error("dropped a message that is none of ours: %s", e)
-                continue
-            if isinstance(message, Add):
-                self._add(client, message)
-            elif isinstance(message, Abort):
-                for request_id in message.request_ids:
-                    self.engine.abort(request_id)
-            elif isinstance(message, Hello):
-                self._greet(client, message.pid)
+            for frame in frames:
+                self._act_on(client, frame)
+
+    def _act_on(self, client: bytes, data: bytes) -> None:
+        try:
+            message = to_engine_decoder.decode(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+            logger.error("dropped a message that is none of ours: %s", e)
+            return
+        if isinstance(message, Add):
+            self._add(client, message)
+        elif isinstance(message, Abort):
+            for request_id in message.request_ids:
+                self.engine.abort(request_id)
+        elif isinstance(message, Hello):
+            self._greet(client, message.pid)
 
     def send(self, client: bytes, message: ToWorker) -> None:
         self.socket.send_multipart([client, encoder.encode(message)])

@@ -1,5 +1,7 @@
 """What API workers and the engine process say to each other: msgspec structs, encoded as msgpack.
 
+One message a frame. A worker sends those of one turn of its event loop as the frames of one ZeroMQ message.
+
 Token ids travel as little-endian int32 bytes, so that a long prompt costs a copy and not a loop. The ``epoch`` rises at
 each engine start; a message of an older epoch is dropped.
 """

@@ -16,8 +16,10 @@ import sys
 import time
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +27,7 @@ import msgspec
 import zmq
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
-from nanovllm_bento.engine.client import EVERY_STEP, Pace
+from nanovllm_bento.engine.client import EVERY_STEP, OutputBuffer, Pace
 from nanovllm_bento.engine.messages import (
     DEADLINE_EXCEEDED,
     INVALID_REQUEST,
@@ -62,73 +64,30 @@ FAILURE_FILE = "failure"
 _HELLO_INTERVAL = 0.5  # seconds between greetings to an engine that has not answered
 _RESTART_WINDOW = 600.0  # seconds over which engine_max_restarts counts
 _LOCK_INTERVAL = 0.5  # seconds between tries to become the supervisor
+_MAX_FRAMES = 16
+"""Messages that go to the engine as one of ZeroMQ's, which it reads at one go between two steps."""
 
 
-@dataclass(slots=True)
-class _OpenRequest:
-    """A request, and what its reader has not taken yet: one item, however many steps it is of."""
+class _OpenRequest(OutputBuffer):
+    """A request, with what another engine needs to go on from it."""
 
-    add: Add
-    pace: Pace
-    token_ids: "array[int]" = field(default_factory=lambda: array("i"))
-    """All its output tokens so far, to go on from in another engine."""
-    num_resumes: int = 0
-    unread: OutputItem | None = None
-    failure: Exception | None = None
-    was_read: bool = False
-    put_at: float = 0.0
-    """time.monotonic() when the newest of what was taken last had come."""
-    newest_at: float = 0.0
-    waiter: asyncio.Future[None] | None = None
+    __slots__ = ("add", "num_resumes", "token_ids")
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the reader has something to take."""
-        item = self.unread
-        if item is None:
-            return self.failure is not None
-        return (
-            not self.was_read
-            or self.pace.is_due(len(item.new_token_ids), self.put_at)
-            or item.finish_reason is not None
-            or self.failure is not None
-        )
+    def __init__(self, add: Add, pace: Pace, on_due: Callable[[], None], close: Callable[[], None]) -> None:
+        super().__init__(pace, on_due, close)
+        self.add = add
+        self.token_ids = array("i")
+        """All its output tokens so far."""
+        self.num_resumes = 0
 
-    def take(self) -> OutputItem | None:
-        item, self.unread = self.unread, None
-        self.was_read, self.put_at = True, self.newest_at
-        return item
-
-    def put(self, item: OutputItem) -> None:
-        if self.pace.seconds:
-            self.newest_at = time.monotonic()
-        self.token_ids.extend(item.new_token_ids)
-        self.unread = item if self.unread is None else _joined(self.unread, item)
-        if self.waiter is not None:
-            self._wake()
-
-    def fail(self, why: Exception) -> None:
-        """The last that the reader gets, after what has come before it."""
-        self.failure = why
-        self._wake()
-
-    def _wake(self) -> None:
-        waiter = self.waiter
-        if waiter is not None and self.is_due:
-            self.waiter = None
-            if not waiter.done():
-                waiter.set_result(None)
-
-
-def _joined(first: OutputItem, second: OutputItem) -> OutputItem:
-    """``second`` with what ``first`` has before it."""
-    second.new_token_ids = first.new_token_ids + second.new_token_ids
-    second.scheduled_at = first.scheduled_at or second.scheduled_at
-    if first.logprobs is not None:
-        second.logprobs = first.logprobs + (second.logprobs or [])
-    if first.is_greedy is not None:
-        second.is_greedy = first.is_greedy + (second.is_greedy or [])
-    return second
+    def end(self, item: OutputItem) -> None:
+        """The last of it has come."""
+        if item.finish_reason != "error":
+            self.put(item)
+            return
+        if item.new_token_ids:  # they are the reader's, who learns of the error then
+            self.put(OutputItem(item.request_id, item.new_token_ids, num_cached_tokens=item.num_cached_tokens))
+        self.fail(_error_of(item))
 
 
 class ProcessEngineClient:
@@ -157,7 +116,8 @@ class ProcessEngineClient:
         self._epoch = -1
         self._engine_pid = 0
         self._last_heard = 0.0
-        self._receive_is_due = False
+        self._outbox: list[bytes] = []
+        self._variables = copy_context()  # what one request's task makes known is not for the others' output
         self._ready = asyncio.Event()
         self._gone = asyncio.Event()  # the engine this client is connected to has ended
         self._tasks: list[asyncio.Task[None]] = []
@@ -208,6 +168,7 @@ class ProcessEngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._flush()
         self._disconnect(linger=500)
         if self._context is not None:
             self._context.term()
@@ -217,23 +178,21 @@ class ProcessEngineClient:
     def abort_all(self, why: str) -> None:
         if self._requests:
             self._send(Abort(list(self._requests)))
-        for request in self._requests.values():
-            request.fail(ShuttingDownError(why))
-        self._requests.clear()
+        self._fail_all(ShuttingDownError(why))
 
-    async def generate(
+    def submit(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
+        on_due: Callable[[], None],
         *,
         cache_salt: str = "",
         priority: int = 0,
         deadline: float | None = None,
         pace: Pace = EVERY_STEP,
         num_scored: int = 0,
-    ) -> AsyncIterator[OutputItem]:
-        """As the protocol says. num_scored: not a generation, but the log-probabilities of so many last tokens."""
+    ) -> OutputBuffer:
         if not self.is_ready:
             raise EngineNotReadyError(self.failure or "The engine is starting or being restarted.")
         if request_id in self._requests:
@@ -248,29 +207,42 @@ class ProcessEngineClient:
             deadline=deadline,
             num_scored=num_scored,
         )
-        request = self._requests[request_id] = _OpenRequest(add, pace)
+        request = _OpenRequest(add, pace, on_due, partial(self._close_request, request_id))
+        self._requests[request_id] = request
         self._send(add)
-        loop = asyncio.get_running_loop()
-        finished = False
-        try:
-            while not finished:
-                if not request.is_due:
-                    request.waiter = loop.create_future()
-                    await request.waiter
-                item = request.take()
-                if item is None:
-                    assert request.failure is not None
-                    raise request.failure
-                finished = item.finish_reason is not None
-                if item.finish_reason == "error":
-                    if item.new_token_ids:  # what was joined before it
-                        yield OutputItem(request_id, item.new_token_ids, num_cached_tokens=item.num_cached_tokens)
-                    raise _error_of(item)
+        return request
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+        pace: Pace = EVERY_STEP,
+        num_scored: int = 0,
+    ) -> AsyncIterator[OutputItem]:
+        request = self.submit(
+            request_id,
+            prompt_token_ids,
+            sampling,
+            _do_nothing,
+            cache_salt=cache_salt,
+            priority=priority,
+            deadline=deadline,
+            pace=pace,
+            num_scored=num_scored,
+        )
+        async with aclosing(cast(AsyncGenerator[OutputItem, None], request.read())) as items:
+            async for item in items:
                 yield item
-        finally:
-            # Not there any more: the engine has ended it, or it was aborted with all others.
-            if self._requests.pop(request_id, None) is not None and self.is_ready:
-                self._send(Abort([request_id]))
+
+    def _close_request(self, request_id: str) -> None:
+        # Not there any more: the engine has ended it, or it was aborted with all others.
+        if self._requests.pop(request_id, None) is not None and self.is_ready:
+            self._send(Abort([request_id]))
 
     # -- connection ---------------------------------------------------------------------------------------------------
 
@@ -303,17 +275,27 @@ class ProcessEngineClient:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close(linger)
             self._socket = None
+            self._outbox.clear()
 
     def _send(self, message: ToEngine) -> None:
+        """Goes out with all else that is sent in this turn of the event loop: ZeroMQ's thread is woken once for it."""
         if self._socket is not None:
-            self._socket.send(encoder.encode(message), zmq.NOBLOCK)
-            # The descriptor tells of changes only, and sending may have swallowed one.
-            if not self._receive_is_due:
-                self._receive_is_due = True
-                asyncio.get_running_loop().call_soon(self._receive)
+            if not self._outbox:
+                asyncio.get_running_loop().call_soon(self._exchange, context=self._variables)
+            self._outbox.append(encoder.encode(message))
+
+    def _exchange(self) -> None:
+        self._flush()
+        self._receive()  # the descriptor tells of changes only, and sending may have swallowed one
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        if self._socket is not None:
+            for i, data in enumerate(outbox, 1):
+                ends = i == len(outbox) or not i % _MAX_FRAMES
+                self._socket.send(data, zmq.NOBLOCK if ends else zmq.NOBLOCK | zmq.SNDMORE)
 
     def _receive(self) -> None:
-        self._receive_is_due = False
         requests = self._requests
         while self._socket is not None and _has_message(self._socket):
             payload = self._socket.recv(zmq.NOBLOCK)
@@ -324,10 +306,14 @@ class ProcessEngineClient:
             if isinstance(message, StepOutput):
                 for item in message.items:
                     request = requests.get(item.request_id)
-                    if request is not None:
+                    if request is None:
+                        continue
+                    request.token_ids.extend(item.new_token_ids)
+                    if item.finish_reason is None:
                         request.put(item)
-                        if item.finish_reason is not None:  # whether read yet or not, it is not to be added again
-                            del requests[item.request_id]
+                    else:
+                        del requests[item.request_id]  # whether read yet or not, it is not to be added again
+                        request.end(item)
             elif isinstance(message, Heartbeat):
                 self._stats = message.stats
                 self._stats.epoch = message.epoch
@@ -439,15 +425,23 @@ class ProcessEngineClient:
         self.failure = why
         (self._folder / FAILURE_FILE).write_text(why)
         logger.error("%s", why)
-        for request in self._requests.values():
-            request.fail(EngineDeadError(why))
+        self._fail_all(EngineDeadError(why))
+
+    def _fail_all(self, why: Exception) -> None:
+        requests = list(self._requests.values())
         self._requests.clear()
+        for request in requests:
+            request.fail(why)
 
     def _learn_failure(self) -> bool:
         """Whether no engine will come, as the worker that supervised it has found."""
         if self.failure is None and (told := self._folder / FAILURE_FILE).exists():
             self._fail(told.read_text())
         return self.failure is not None
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _has_message(socket: zmq.Socket[bytes]) -> bool:

@@ -21,6 +21,7 @@ from nanovllm_bento.serving.metrics import Metrics
 from nanovllm_bento.serving.pacing import AdaptivePace, pace_of
 from nanovllm_bento.serving.telemetry import Tracing
 from nanovllm_bento.text.chat_template import ChatTemplate
+from nanovllm_bento.text.pieces import PieceCache, are_independent
 from nanovllm_bento.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,10 @@ class TextSide:
     chat_template: ChatTemplate
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     _longest_token: int = 0
+    _pieces: PieceCache | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pieces = PieceCache(self.tokenizer) if are_independent(self.tokenizer) else None
 
     @classmethod
     def load(cls, config: EngineConfig) -> "TextSide":
@@ -67,6 +72,12 @@ class TextSide:
             # OpenAI's newer name of system; a template that does not know it may drop the message in silence.
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         return self.chat_template.render(messages, **options)
+
+    def encode_chat(self, prompt: str, last_message: str, *, add_special_tokens: bool, salt: str) -> list[int]:
+        """Token ids of a rendered conversation, whose last message alone is new. Raises InvalidRequestError."""
+        if self._pieces is None or add_special_tokens:
+            return self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        return self._pieces.encode(prompt, new=last_message.strip(), salt=salt)
 
 
 class ServingContext:
@@ -196,7 +207,7 @@ class ServingContext:
     async def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
         """Token ids of a text; long ones are done off the event loop. Raises PromptTooLongError."""
         text_side = self.text
-        self.admission.check_prompt_chars(len(text), self.engine.info.max_model_len, text_side.longest_token, param)
+        self._check_length(text_side, text, param)
         tokenizer = text_side.tokenizer
         if len(text) <= LONG_TEXT:
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
@@ -204,16 +215,34 @@ class ServingContext:
         return (await asyncio.to_thread(tokenizer.encode_batch, [text], add_special_tokens=add_special_tokens))[0]
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, add_special_tokens: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+        *,
+        add_special_tokens: bool,
+        salt: str = "",
     ) -> list[int]:
-        """Token ids of a rendered conversation. Raises InvalidRequestError for what the template refuses."""
+        """Token ids of a rendered conversation. Raises InvalidRequestError for what the template refuses.
+
+        salt: what is kept of the texts for the next time is found again under the same salt only.
+        """
         self.admission.check_messages(len(messages))
+        text_side = self.text
         length = sum(len(str(message["content"])) for message in messages)
-        if length <= LONG_TEXT:
-            prompt = self.text.render_chat(messages, options)
+        if length > LONG_TEXT:
+            prompt = await asyncio.to_thread(text_side.render_chat, messages, options)
         else:
-            prompt = await asyncio.to_thread(self.text.render_chat, messages, options)
-        return await self.encode(prompt, add_special_tokens=add_special_tokens, param="messages")
+            prompt = text_side.render_chat(messages, options)
+        if len(prompt) > LONG_TEXT:
+            return await self.encode(prompt, add_special_tokens=add_special_tokens, param="messages")
+        self._check_length(text_side, prompt, "messages")
+        last = messages[-1]["content"]
+        return text_side.encode_chat(
+            prompt, last if isinstance(last, str) else "", add_special_tokens=add_special_tokens, salt=salt
+        )
+
+    def _check_length(self, text_side: TextSide, text: str, param: str) -> None:
+        self.admission.check_prompt_chars(len(text), self.engine.info.max_model_len, text_side.longest_token, param)
 
     async def encode_all(self, prompts: Sequence[str | list[int]], *, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of prompts, which may be token ids already."""

@@ -6,12 +6,11 @@ to the token that completed the match.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from nanovllm_bento.engine.client import EVERY_STEP, EngineClient, Pace
+from nanovllm_bento.engine.client import EVERY_STEP, EngineClient, OutputBuffer, Pace
 from nanovllm_bento.engine.messages import EngineInfo, OutputItem
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import EngineError
@@ -103,136 +102,223 @@ def plan_jobs(
     return jobs
 
 
-async def generate_text(
-    engine: EngineClient, tokenizer: Tokenizer, job: Job, *, pace: Pace = EVERY_STEP
-) -> AsyncGenerator[Delta, None]:
-    """Yield the text of one job as it grows; the last delta has a finish_reason.
-
-    Tokens are joined in a delta as ``pace`` says, but the first and the last are never held back. Closing the
-    generator aborts the job. Raises EngineNotReadyError, or EngineError when the engine could not finish it.
-    """
-    sampling = job.sampling
-    detokenizer = IncrementalDetokenizer(
-        tokenizer,
-        job.prompt_token_ids,
-        skip_special_tokens=sampling.skip_special_tokens,
-        stop=sampling.stop_strings,
-        min_tokens=sampling.min_tokens,
-    )
-    must_look = bool(sampling.stop_strings)  # at every step, or a stop string would be found late
-    metrics, outcome = job.metrics, "abort"
-    text = ""  # since the last delta
-    token_ids: list[int] = []  # since the last delta
-    unread: list[int] = []  # not yet detokenized
-    num_tokens = num_deltas = 0
-    sent_at = 0.0
-    stream = engine.generate(
-        job.request_id,
-        job.prompt_token_ids,
-        sampling,
-        cache_salt=job.cache_salt,
-        priority=job.priority,
-        deadline=job.deadline,
-        pace=EVERY_STEP if must_look else pace,
-    )
-    try:
-        async with aclosing(cast(AsyncGenerator[OutputItem, None], stream)) as items:
-            async for item in items:
-                new, reason = item.new_token_ids, item.finish_reason
-                if reason is not None and reason not in ("stop", "length"):
-                    raise EngineError(item.error or f"The engine ended the request: {reason}.")
-                if metrics is not None and new:
-                    if num_tokens:
-                        metrics.tokens(time.monotonic(), len(new))
-                    else:
-                        metrics.first(time.monotonic(), item.scheduled_at, len(new), item.num_cached_tokens)
-                num_tokens += len(new)
-                token_ids += new
-                # The token that ended a sequence (end of sequence, stop token) counts but is no text.
-                unread += new[:-1] if reason == "stop" else new
-                due = reason is not None or not num_deltas or len(token_ids) >= pace.tokens
-                if must_look and due and reason is None and num_deltas:
-                    due = pace.is_due(len(token_ids), sent_at)  # else the client has seen to that
-                if due or must_look:
-                    text += detokenizer.push(unread)
-                    unread = []
-                    if detokenizer.stop_reason is not None:
-                        break
-                if reason is not None:
-                    text += detokenizer.finish()
-                    if detokenizer.stop_reason is not None:
-                        break
-                    outcome = reason
-                    yield Delta(text, token_ids, num_tokens, item.num_cached_tokens, reason, item.stop_reason)
-                    return
-                if due:
-                    num_deltas, sent_at = num_deltas + 1, time.monotonic()
-                    yield Delta(text, token_ids, num_tokens, item.num_cached_tokens)
-                    text, token_ids = "", []
-            else:
-                raise EngineError("The engine ended the request without a reason.")
-        outcome = "stop"
-        surplus = num_tokens - detokenizer.num_tokens_used
-        token_ids = token_ids[: len(token_ids) - surplus]
-        yield Delta(text, token_ids, num_tokens - surplus, item.num_cached_tokens, "stop", detokenizer.stop_reason)
-    except Exception:
-        outcome = "error"
-        raise
-    finally:
-        if metrics is not None:
-            metrics.finish(time.monotonic(), outcome)
+Handler = Callable[[int, Delta], asyncio.Future[None] | None]
+"""Takes a delta of the job with an index. Where it returns a future it is not called again before that is done."""
 
 
-async def follow(
-    streams: Sequence[AsyncGenerator[Delta, None]], handle: Callable[[int, Delta], Awaitable[None]]
+async def run_jobs(
+    engine: EngineClient, tokenizer: Tokenizer, jobs: Sequence[Job], handle: Handler, *, pace: Pace = EVERY_STEP
 ) -> None:
-    """Run streams at once; calls ``handle(index of the stream, delta)`` as they come. A failure of one ends all."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for delta in only:
-                await handle(0, delta)
-        return
-    async with aclosing(_side_by_side(streams)) as deltas:
-        async for index, delta in deltas:
-            await handle(index, delta)
+    """Run jobs side by side to their end; ``handle`` is told of their texts as they grow.
 
-
-async def _side_by_side(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[tuple[int, Delta], None]:
-    """(index of the stream, delta) of several streams as they come."""
-    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
-
-    async def pump(index: int, stream: AsyncGenerator[Delta, None]) -> None:
-        try:
-            async with aclosing(stream):
-                async for delta in stream:
-                    queue.put_nowait((index, delta))
-            queue.put_nowait((index, None))
-        except Exception as exc:
-            queue.put_nowait((index, exc))
-
-    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+    It is called right out of the engine's client, one call for all tokens that are due: no task is woken before the
+    end. Tokens are joined in a delta as ``pace`` says, but a job's first and last are never held back; its last delta
+    has a finish_reason. A failure of one job, of ``handle`` or of its future ends all and is raised. Cancelling aborts
+    what still runs. Raises EngineNotReadyError, or EngineError when the engine could not finish a job.
+    """
+    group = _Group(handle, len(jobs))
     try:
-        running = len(tasks)
-        while running:
-            index, event = await queue.get()
-            if isinstance(event, Delta):
-                yield index, event
-            elif event is not None:
-                raise event
-            else:
-                running -= 1
+        for index, job in enumerate(jobs):
+            group.runs.append(_Run(group, index, tokenizer, job, pace))
+        for run in group.runs:
+            run.start(engine)
+        await group.done
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        group.close()
+
+
+class _Group:
+    """The jobs of one request, which end together."""
+
+    __slots__ = ("_busy", "_failure", "_handle", "_num_running", "done", "is_free", "runs")
+
+    def __init__(self, handle: Handler, num_jobs: int) -> None:
+        self._handle = handle
+        self._num_running = num_jobs
+        self._failure: Exception | None = None
+        self._busy: asyncio.Future[None] | None = None
+        self.is_free = True
+        """Whether the handler may be called."""
+        self.runs: list[_Run] = []
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def hand_on(self, index: int, delta: Delta) -> None:
+        """Call the handler; to be done if it ``is_free``."""
+        try:
+            busy = self._handle(index, delta)
+        except Exception as exc:
+            self.fail(exc)
+            return
+        if delta.finish_reason is not None:
+            self._num_running -= 1
+        if busy is not None:
+            self._busy, self.is_free = busy, False
+            busy.add_done_callback(self._go_on)
+        elif not self._num_running:
+            self._settle()
+
+    def fail(self, why: Exception) -> None:
+        """End all, once the handler is done with what it has."""
+        self._failure = self._failure or why
+        if self._busy is None:
+            self._settle()
+
+    def close(self) -> None:
+        """Abort what still runs."""
+        for run in self.runs:
+            run.close()
+        self.runs.clear()  # they know each other, and would wait for the garbage collector
+        if self._busy is not None:
+            self._busy.cancel()
+        if self.done.done() and not self.done.cancelled():
+            self.done.exception()  # or it would be logged as never seen, where the task was cancelled meanwhile
+
+    def _go_on(self, busy: "asyncio.Future[None]") -> None:
+        if busy.cancelled():
+            self.done.cancel()
+            return
+        self._busy, self.is_free = None, True
+        why = cast(Exception | None, busy.exception()) or self._failure
+        if why is not None:
+            self.fail(why)
+        elif not self._num_running:
+            self._settle()
+        else:
+            for run in self.runs:
+                run.look()
+
+    def _settle(self) -> None:
+        self.is_free = False
+        if self.done.done():
+            return
+        if self._failure is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(self._failure)
+
+
+class _Run:
+    """One job: takes what the engine gives as soon as it is due, and makes text of it."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_group",
+        "_index",
+        "_job",
+        "_must_look",
+        "_num_deltas",
+        "_num_tokens",
+        "_outcome",
+        "_output",
+        "_pace",
+        "_sent_at",
+        "_text",
+        "_token_ids",
+    )
+
+    def __init__(self, group: _Group, index: int, tokenizer: Tokenizer, job: Job, pace: Pace) -> None:
+        self._group, self._index, self._job, self._pace = group, index, job, pace
+        sampling = job.sampling
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            job.prompt_token_ids,
+            skip_special_tokens=sampling.skip_special_tokens,
+            stop=sampling.stop_strings,
+            min_tokens=sampling.min_tokens,
+        )
+        self._must_look = bool(sampling.stop_strings)  # at every step, or a stop string would be found late
+        self._output: OutputBuffer | None = None
+        self._outcome = "abort"
+        self._text = ""  # since the last delta
+        self._token_ids: list[int] = []  # since the last delta
+        self._num_tokens = self._num_deltas = 0
+        self._sent_at = 0.0
+
+    def start(self, engine: EngineClient) -> None:
+        """Hand the job to the engine. Raises EngineNotReadyError."""
+        job = self._job
+        try:
+            self._output = engine.submit(
+                job.request_id,
+                job.prompt_token_ids,
+                job.sampling,
+                self.look,
+                cache_salt=job.cache_salt,
+                priority=job.priority,
+                deadline=job.deadline,
+                pace=EVERY_STEP if self._must_look else self._pace,
+            )
+        except Exception:
+            self._outcome = "error"
+            raise
+
+    def look(self) -> None:
+        """Hand on what is due, as long as the handler takes it."""
+        group, output = self._group, self._output
+        try:
+            while group.is_free and output is not None and output.is_due:
+                delta = self._delta(output, output.take())
+                if delta is not None:
+                    group.hand_on(self._index, delta)
+        except Exception as exc:
+            self._outcome = "error"
+            group.fail(exc)
+
+    def close(self) -> None:
+        """Abort the job if it has not ended."""
+        output, self._output = self._output, None
+        if output is not None:
+            output.close()
+        self._finish(self._outcome)
+
+    def _delta(self, output: OutputBuffer, item: OutputItem) -> Delta | None:
+        """What the text gains by the tokens of ``item``, if it is time to tell."""
+        new, reason, stop_reason = item.new_token_ids, item.finish_reason, None
+        metrics = self._job.metrics
+        if metrics is not None and new:
+            if self._num_tokens:
+                metrics.tokens(time.monotonic(), len(new))
+            else:
+                metrics.first(time.monotonic(), item.scheduled_at, len(new), item.num_cached_tokens)
+        self._num_tokens += len(new)
+        if reason is None:
+            text = self._detokenizer.push(new)
+        elif reason in ("stop", "length"):
+            stop_reason = item.stop_reason
+            # The token that ended a sequence (end of sequence, stop token) counts but is no text.
+            text = self._detokenizer.push(new[:-1] if reason == "stop" else new) + self._detokenizer.finish()
+        else:
+            raise EngineError(item.error or f"The engine ended the request: {reason}.")
+        if self._must_look:
+            self._text = text = self._text + text
+            self._token_ids = new = self._token_ids + new
+            if self._detokenizer.stop_reason is not None:
+                return self._stopped(output, item)
+            if reason is None and self._num_deltas and not self._pace.is_due(len(new), self._sent_at):
+                return None
+            self._text, self._token_ids, self._sent_at = "", [], time.monotonic()
+        self._num_deltas += 1
+        if reason is not None:
+            self._finish(reason)
+        return Delta(text, new, self._num_tokens, item.num_cached_tokens, reason, stop_reason)
+
+    def _stopped(self, output: OutputBuffer, item: OutputItem) -> Delta:
+        """The last delta of a text that has ended before what the engine has made."""
+        output.close()
+        self._finish("stop")
+        surplus = self._num_tokens - self._detokenizer.num_tokens_used
+        token_ids = self._token_ids[: len(self._token_ids) - surplus]
+        stop = self._detokenizer.stop_reason
+        return Delta(self._text, token_ids, self._num_tokens - surplus, item.num_cached_tokens, "stop", stop)
+
+    def _finish(self, outcome: str) -> None:
+        self._outcome = outcome
+        if self._job.metrics is not None:
+            self._job.metrics.finish(time.monotonic(), outcome)
 
 
 async def complete(engine: EngineClient, tokenizer: Tokenizer, jobs: Sequence[Job]) -> list[Completion]:
     """Run jobs side by side to their end; completions in the order of the jobs. A failure of one ends all."""
     completions = [Completion() for _ in jobs]
-
-    async def add(index: int, delta: Delta) -> None:
-        completions[index].add(delta)
-
-    await follow([generate_text(engine, tokenizer, job, pace=WHOLE_ANSWER) for job in jobs], add)
+    await run_jobs(engine, tokenizer, jobs, lambda index, delta: completions[index].add(delta), pace=WHOLE_ANSWER)
     return completions

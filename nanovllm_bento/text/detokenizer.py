@@ -31,7 +31,10 @@ class _ByteLevelDecoder:
         self._pending = b""
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        data = self._pending + b"".join(map(self._bytes_of, token_ids))
+        data = b"".join(map(self._bytes_of, token_ids))
+        if not self._pending and data.isascii():
+            return data.decode()
+        data = self._pending + data
         text, used = utf_8_decode(data, "replace", False)
         self._pending = data[used:]
         return text

@@ -46,15 +46,28 @@ class Tokenizer:
             return load_gguf_tokenizer(files.path)
         return _load_folder(files.path)
 
+    @staticmethod
+    def check_text(text: str) -> None:
+        """Raises InvalidRequestError for what is no text, or not valid Unicode."""
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"the prompt must be a string, got {type(text).__name__}.", param="prompt")
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise InvalidRequestError(
+                f"the prompt is not valid Unicode: half a surrogate pair ({text[e.start]!r}) at character {e.start}.",
+                param="prompt",
+            ) from None
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Raises InvalidRequestError for a text that is not valid Unicode."""
-        _check_text(text)
+        self.check_text(text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Ids of each text, in parallel where there are several. Unlike ``encode`` it lets other threads run."""
         for text in texts:
-            _check_text(text)
+            self.check_text(text)
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
@@ -97,7 +110,7 @@ class Tokenizer:
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether each token is a string of bytes and the text their plain concatenation (GPT-2's scheme)."""
-        decoder = _state(self.backend.decoder)
+        decoder = component_state(self.backend.decoder)
         steps = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
         return [step.get("type") for step in steps] == ["ByteLevel"]
 
@@ -146,21 +159,9 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-def _state(component: Any) -> dict[str, Any]:
+def component_state(component: Any) -> dict[str, Any]:
     """The JSON form of a part of a backend; {} for None."""
     return {} if component is None else json.loads(component.__getstate__())
-
-
-def _check_text(text: str) -> None:
-    if not isinstance(text, str):
-        raise InvalidRequestError(f"the prompt must be a string, got {type(text).__name__}.", param="prompt")
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise InvalidRequestError(
-            f"the prompt is not valid Unicode: half a surrogate pair ({text[e.start]!r}) at character {e.start}.",
-            param="prompt",
-        ) from None
 
 
 def _load_folder(folder: Path) -> Tokenizer:

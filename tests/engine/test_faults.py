@@ -271,6 +271,14 @@ def test_nonsense_is_dropped_or_answered_and_disturbs_nobody(wire):
     assert wire.core.block_manager.num_used_blocks == 0
 
 
+def test_each_frame_of_a_message_is_acted_on_alone(wire):
+    wire = wire()
+    long = [request(str(i), [2 + i], 100) for i in range(3)]
+    wire.send([long[0], long[1], b"\xff", Abort(["1"]), b"", long[2]])
+    wire.pass_until(lambda: wire.ended("0", "2"))
+    assert not any(item.finish_reason for item in wire.items["1"])
+
+
 def test_a_request_that_brings_out_a_fault_of_ours_fails_alone(wire, monkeypatch):
     wire = wire()
     resolve = wire.core._resolve

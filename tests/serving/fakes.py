@@ -2,16 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
-from nanovllm_bento.engine.client import EVERY_STEP, Pace
+from nanovllm_bento.engine.client import EVERY_STEP, OutputBuffer, Pace
 from nanovllm_bento.engine.messages import EngineInfo, EngineStats, OutputItem
 from nanovllm_bento.errors import EngineDeadError, EngineNotReadyError, ShuttingDownError
 from nanovllm_bento.sampling_params import SamplingParams
@@ -97,18 +98,19 @@ class FakeEngine:
     async def close(self) -> None:
         pass
 
-    async def generate(
+    def submit(
         self,
         request_id: str,
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
+        on_due: Callable[[], None],
         *,
         cache_salt: str = "",
         priority: int = 0,
         deadline: float | None = None,
         pace: Pace = EVERY_STEP,
         num_scored: int = 0,
-    ) -> AsyncIterator[OutputItem]:
+    ) -> OutputBuffer:
         if not self.is_ready:
             raise EngineNotReadyError("The engine is being restarted.")
         assert request_id not in self.requests
@@ -118,7 +120,34 @@ class FakeEngine:
         self.open.add(request_id)
         self.most_open = max(self.most_open, len(self.open))
         self._wake()
-        done = False
+
+        def close() -> None:
+            if request_id in self.open:
+                self.open.discard(request_id)
+                self.aborted.append(request_id)
+                self._wake()
+            task.cancel()
+
+        buffer = OutputBuffer(pace, on_due, close)
+        task = asyncio.create_task(self._feed(buffer, request_id, prompt_token_ids, sampling, num_scored))
+        return buffer
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams, **options: Any
+    ) -> AsyncIterator[OutputItem]:
+        buffer = self.submit(request_id, prompt_token_ids, sampling, lambda: None, **options)
+        async with aclosing(cast(Any, buffer.read())) as items:
+            async for item in items:
+                yield item
+
+    async def _feed(
+        self,
+        buffer: OutputBuffer,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        num_scored: int,
+    ) -> None:
         try:
             if self.hold is not None:
                 await self.hold.wait()
@@ -127,18 +156,19 @@ class FakeEngine:
             if self.all_aborted is not None:
                 raise ShuttingDownError(self.all_aborted)
             if num_scored:
-                done = True
+                self.open.discard(request_id)
                 scored = prompt_token_ids[-num_scored:]
                 logprobs, greedy = [-token / 100 for token in scored], [token % 2 == 0 for token in scored]
-                yield OutputItem(request_id, [], "stop", num_cached_tokens=4, logprobs=logprobs, is_greedy=greedy)
+                item = OutputItem(request_id, [], "stop", num_cached_tokens=4, logprobs=logprobs, is_greedy=greedy)
+                buffer.put(item)
                 return
             async for item in self._items(request_id, sampling):
-                done = item.finish_reason is not None
-                yield item
+                if item.finish_reason is not None:
+                    self.open.discard(request_id)
+                buffer.put(item)
+        except Exception as exc:
+            buffer.fail(exc)
         finally:
-            self.open.discard(request_id)
-            if not done:
-                self.aborted.append(request_id)
             self._wake()
 
     async def _items(self, request_id: str, sampling: SamplingParams) -> AsyncIterator[OutputItem]:

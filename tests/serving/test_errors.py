@@ -213,7 +213,7 @@ async def test_a_stream_whose_engine_dies_says_so_and_does_not_end_as_if_done(
 
 
 async def test_a_bug_is_500_without_its_details(http: httpx.AsyncClient, engine: FakeEngine, caplog) -> None:
-    engine.generate = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
+    engine.submit = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
     error = await refused(http, TEXT, {"prompt": "a"}, 500)
     assert error["code"] == "internal_error" and "zero" not in error["message"]
     assert "ZeroDivisionError" in caplog.text

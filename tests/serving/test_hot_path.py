@@ -15,11 +15,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
 from nanovllm_bento.config import ServiceConfig
-from nanovllm_bento.engine.client import Pace
-from nanovllm_bento.engine.messages import Add, OutputItem
-from nanovllm_bento.engine.process_client import _OpenRequest
+from nanovllm_bento.engine.client import OutputBuffer, Pace
+from nanovllm_bento.engine.messages import OutputItem
 from nanovllm_bento.errors import DeadlineExceededError
-from nanovllm_bento.sampling_params import SamplingParams
 from nanovllm_bento.serving.app import create_app
 from nanovllm_bento.serving.context import ServingContext
 from nanovllm_bento.serving.front import Front
@@ -197,49 +195,64 @@ def item(*tokens: int, end: str | None = None) -> OutputItem:
     return OutputItem("a", list(tokens), end)
 
 
-def open_request(tokens: int = 1) -> _OpenRequest:
-    return _OpenRequest(Add("a", b"", SamplingParams(seed=0)), Pace(tokens))
+class Reader:
+    """Takes what is due at once, unless it is busy."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.output = OutputBuffer(pace, self._look, lambda: None)
+        self.is_busy = False
+        self.taken: list[list[int]] = []
+
+    def _look(self) -> None:
+        if not self.is_busy:
+            assert self.output.is_due
+            self.taken.append(self.output.take().new_token_ids)
 
 
 def test_what_a_reader_has_not_taken_is_one_item_of_token_ids() -> None:
-    request = open_request()
+    reader = Reader(Pace())
+    reader.is_busy = True
     for token in range(1000):
-        request.put(item(token))
-    request.put(item(7, end="length"))
-    assert request.unread is not None
-    assert request.unread.new_token_ids == [*range(1000), 7] and request.unread.finish_reason == "length"
-    assert list(request.token_ids) == [*range(1000), 7]
+        reader.output.put(item(token))
+    reader.output.put(item(7, end="length"))
+    unread = reader.output.take()
+    assert unread.new_token_ids == [*range(1000), 7] and unread.finish_reason == "length"
+    assert not reader.output.is_due
 
 
-async def test_a_reader_is_woken_once_for_all_that_came() -> None:
-    request = open_request()
-    request.waiter = waiter = asyncio.get_running_loop().create_future()
-    request.put(item(1))
-    assert waiter.done() and request.waiter is None
-    request.put(item(2))
-    assert request.unread is not None and request.unread.new_token_ids == [1, 2]
+def test_a_reader_is_told_of_the_first_token_then_of_as_many_as_the_pace_says_and_of_the_last() -> None:
+    reader = Reader(Pace(4))
+    for new in [item(0), item(1), item(2), item(3), item(4), item(5, end="stop")]:
+        reader.output.put(new)
+    assert reader.taken == [[0], [1, 2, 3, 4], [5]]
 
 
-async def test_a_reader_is_woken_for_the_first_token_then_for_as_many_as_the_pace_says_and_for_the_last() -> None:
-    request = open_request(4)
-    loop = asyncio.get_running_loop()
-    woken = []
-    for index, new in enumerate([item(0), item(1), item(2), item(3), item(4), item(5, end="stop")]):
-        request.waiter = request.waiter or loop.create_future()
-        request.put(new)
-        if request.waiter is None:
-            woken.append(index)
-            request.take()
-    assert woken == [0, 4, 5]
+def test_a_failure_comes_after_what_came_before_it() -> None:
+    reader = Reader(Pace(8))
+    reader.output.put(item(0))
+    reader.is_busy = True
+    reader.output.put(item(1))
+    assert not reader.output.is_due
+    reader.output.fail(RuntimeError())
+    assert reader.output.is_due and reader.output.take().new_token_ids == [1]
+    with pytest.raises(RuntimeError):
+        reader.output.take()
 
 
-async def test_a_failure_comes_after_what_came_before_it() -> None:
-    request = open_request(8)
-    request.was_read = True
-    request.put(item(1))
-    assert not request.is_due
-    request.fail(RuntimeError())
-    assert request.is_due and request.unread is not None
+async def test_a_reader_that_waits_gets_all_that_came_meanwhile_and_closes_the_request() -> None:
+    closed: list[bool] = []
+    output = OutputBuffer(Pace(), lambda: None, lambda: closed.append(True))
+
+    async def read() -> list[list[int]]:
+        return [new.new_token_ids async for new in output.read()]
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0)
+    for new in (item(1), item(2), item(3)):  # one wake-up
+        output.put(new)
+    await asyncio.sleep(0)
+    output.put(item(4, end="stop"))
+    assert await task == [[1, 2, 3], [4]] and closed
 
 
 class _Slow:
@@ -294,15 +307,13 @@ def test_tokens_of_a_moment_are_joined_and_slower_ones_are_not(monkeypatch: pyte
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for interval, sizes in ((0.05, [1] * 6), (0.01, [1, 4])):
-        request = _OpenRequest(Add("a", b"", SamplingParams(seed=0)), Pace(seconds=0.04))
+        output = OutputBuffer(Pace(seconds=0.04), lambda: None, lambda: None)
         found = []
         for _ in range(6):
-            request.put(item(1))
-            if request.is_due:
-                assert request.unread is not None
-                found.append(len(request.unread.new_token_ids))
+            output.put(item(1))
+            if output.is_due:
                 now[0] += 0.02  # the reader comes late, which is no reason to hold the next token back
-                request.take()
+                found.append(len(output.take().new_token_ids))
                 now[0] -= 0.02
             now[0] += interval
         assert found == sizes

@@ -1,5 +1,6 @@
 """GET /metrics: names, meanings and bounds are vLLM's, sums hold over workers and restarts, gauges return to 0."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine.messages import EngineInfo, EngineStats
 from nanovllm_bento.sampling_params import SamplingParams
-from nanovllm_bento.serving.generation import generate_text, plan_jobs
+from nanovllm_bento.serving.generation import plan_jobs, run_jobs
 from nanovllm_bento.serving.metrics import Metrics, RequestMetrics
 from tests.serving.fakes import FakeEngine, byte_tokenizer
 
@@ -348,13 +349,14 @@ async def test_gauges_return_to_0_after_aborts(metrics: Metrics) -> None:
     engine.make_room()
     tokenizer, sampling = byte_tokenizer(), SamplingParams(max_tokens=None, n=3)
     jobs = plan_jobs("r", [[1, 2, 3]], sampling, engine.info)
-    streams = [generate_text(engine, tokenizer, job) for job in jobs]
-    for stream in streams:
-        await anext(stream)
+    begun = [asyncio.Event() for _ in jobs]
+    task = asyncio.create_task(run_jobs(engine, tokenizer, jobs, lambda index, delta: begun[index].set()))
+    for event in begun:
+        await event.wait()
     assert value(metrics, "num_requests_running", engine.stats) == 3
     assert value(metrics, "kv_cache_usage_perc", engine.stats) > 0
-    for stream in streams:
-        await stream.aclose()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert value(metrics, name, engine.stats) == 0
 

@@ -125,7 +125,7 @@ async def test_no_prompt_and_no_answer_is_logged(
         await http.post(TEXT, content=b'{"prompt": "my secret')
         engine.dies_after = 1
         await http.post(TEXT, json={"prompt": "my secret"})
-        engine.generate = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
+        engine.submit = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
         await http.post(TEXT, json={"prompt": "my secret"})
     assert "ZeroDivisionError" in caplog.text, "what is logged is looked at"
     assert "my secret" not in caplog.text and "my answer" not in caplog.text

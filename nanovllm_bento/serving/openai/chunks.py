@@ -76,6 +76,8 @@ class ChunkEncoder:
         # OpenAI: with include_usage every chunk has the field, and only the last one a value.
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._more = b',"logprobs":null,"finish_reason":null}' + self._tail
+        self._text_heads: dict[int, bytes] = {}  # by choice
+        self._behind_text = b"}" + self._more if chat else self._more
 
     def role(self, index: int) -> bytes:
         """A chat choice's first chunk."""
@@ -83,8 +85,12 @@ class ChunkEncoder:
         return self._head + delta + self._more
 
     def text(self, index: int, text: str) -> bytes:
-        """A choice's text grew."""
-        return b"%b%b%b" % (self._head, self._delta(index, text), self._more)
+        """A choice's text grew; ``text`` is not empty."""
+        head = self._text_heads.get(index)
+        if head is None:
+            said = b'"delta":{"content":' if self._chat else b'"text":'
+            head = self._text_heads[index] = b'%b{"index":%d,%b' % (self._head, index, said)
+        return head + _escape(text) + self._behind_text
 
     def last(self, index: int, text: str, finish_reason: str, stop_reason: int | str | None) -> bytes:
         """A choice ended, with its last text."""

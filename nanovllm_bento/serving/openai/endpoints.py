@@ -4,7 +4,6 @@ They are plain ASGI applications, so that nothing they do not need stands betwee
 """
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +25,10 @@ from nanovllm_bento.serving.generation import (
     Completion,
     Delta,
     Job,
-    follow,
-    generate_text,
     plan_jobs,
+    run_jobs,
 )
-from nanovllm_bento.serving.logs import request_id_of
+from nanovllm_bento.serving.logs import random_hex, request_id_of
 from nanovllm_bento.serving.openai.chunks import ChunkEncoder, usage_of, whole_answer
 from nanovllm_bento.serving.openai.protocol import (
     ChatCompletionRequest,
@@ -215,14 +213,17 @@ class OpenAIEndpoints:
         messages = [message.for_template() for message in body.messages]
         options = dict(body.chat_template_kwargs or {})
         options["add_generation_prompt"] = body.add_generation_prompt is not False
-        ids = await self.context.encode_chat(messages, options, add_special_tokens=bool(body.add_special_tokens))
-        return self._plan("chatcmpl-", body, [ids], sampling, exchange, param="messages")
+        salt = exchange.caller.salt(body.cache_salt)
+        special = bool(body.add_special_tokens)
+        ids = await self.context.encode_chat(messages, options, add_special_tokens=special, salt=salt)
+        return self._plan("chatcmpl-", body, [ids], sampling, salt, exchange, param="messages")
 
     async def _plan_completion(self, body: CompletionRequest, exchange: Exchange) -> Plan:
         sampling = self._sampling(body, len(body.prompt), exchange)
         special = body.add_special_tokens is not False
         prompts = await self.context.encode_all(body.prompt, add_special_tokens=special)
-        return self._plan("cmpl-", body, prompts, sampling, exchange, param="prompt")
+        salt = exchange.caller.salt(body.cache_salt)
+        return self._plan("cmpl-", body, prompts, sampling, salt, exchange, param="prompt")
 
     def _sampling(
         self, body: ChatCompletionRequest | CompletionRequest, num_prompts: int, exchange: Exchange
@@ -241,12 +242,13 @@ class OpenAIEndpoints:
         body: GenerationRequest,
         prompts: list[list[int]],
         sampling: SamplingParams,
+        cache_salt: str,
         exchange: Exchange,
         *,
         param: str,
     ) -> Plan:
         caller, info = exchange.caller, self.context.engine.info
-        request_id = prefix + secrets.token_hex(12)
+        request_id = prefix + random_hex(12)
         deadline = None
         if body.deadline_ms is not None:
             deadline = time.time() - (time.monotonic() - exchange.arrived) + body.deadline_ms / 1000
@@ -256,7 +258,7 @@ class OpenAIEndpoints:
             sampling,
             info,
             param=param,
-            cache_salt=caller.salt(body.cache_salt),
+            cache_salt=cache_salt,
             priority=caller.effective_priority(body.priority, info.scheduling_policy),
             deadline=deadline,
         )
@@ -306,14 +308,13 @@ class OpenAIEndpoints:
         completions = [Completion() for _ in plan.jobs]
         context = self.context
 
-        async def add(index: int, delta: Delta) -> None:
+        def add(index: int, delta: Delta) -> None:
             completions[index].add(delta)
 
         with context.admit(len(plan.jobs), plan.caller, plan.num_prompt_tokens) as ticket:
             try:
                 await self._turn(plan, ticket)
-                streams = [generate_text(context.engine, plan.text.tokenizer, j, pace=WHOLE_ANSWER) for j in plan.jobs]
-                await follow(streams, add)
+                await run_jobs(context.engine, plan.text.tokenizer, plan.jobs, add, pace=WHOLE_ANSWER)
             finally:
                 ticket.charge(sum(len(c.token_ids) for c in completions))
         num_cached = [c.num_cached_tokens for c in completions]
@@ -331,15 +332,14 @@ class OpenAIEndpoints:
         context = self.context
         answer = _StreamedAnswer(plan, include_usage=include_usage)
 
-        async def send(index: int, delta: Delta) -> None:
-            if event := answer.event(index, delta):
-                await events.send(event, last=not answer.num_running)
+        def send(index: int, delta: Delta) -> asyncio.Future[None] | None:
+            event = answer.event(index, delta)
+            return events.push(event, last=not answer.num_running) if event else None
 
         with context.admit(len(plan.jobs), plan.caller, plan.num_prompt_tokens) as ticket:
             try:
                 await self._turn(plan, ticket)
-                streams = [generate_text(context.engine, plan.text.tokenizer, j, pace=context.pace) for j in plan.jobs]
-                await follow(streams, send)
+                await run_jobs(context.engine, plan.text.tokenizer, plan.jobs, send, pace=context.pace)
             finally:
                 ticket.charge(sum(answer.num_tokens))
 
