@@ -117,7 +117,8 @@ async def test_tokens_that_pile_up_are_read_in_one_piece(tiny, tmp_path) -> None
         first = await anext(slow)
         await wait_for(lambda: "b" not in client._requests, "the engine is done with it")
         rest = [item async for item in slow]
-        assert len(rest) == 1 and len(first.new_token_ids) + len(rest[0].new_token_ids) == 500
+        assert len(rest) <= 1  # none where all had come before the reader had its turn
+        assert sum(len(item.new_token_ids) for item in (first, *rest)) == 500
 
 
 async def test_a_deadline_ends_a_request_with_its_own_error(tiny, tmp_path, monkeypatch) -> None:
