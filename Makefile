@@ -14,11 +14,11 @@ DOCKER_ARGS ?=
 # PYTHON=python3.12 chooses the interpreter; otherwise scripts/bootstrap.py looks for one that works.
 BOOTSTRAP := $(or $(PYTHON),python3) scripts/bootstrap.py --venv $(VENV) $(if $(PYTHON),--python $(PYTHON))
 BIN := $(VENV)/bin
-PROCESSES := tests/e2e tests/serving $(addprefix tests/engine/test_,process.py fake_engine.py faults.py ranks.py tensor_parallel.py)
+SUBMAKE = $(MAKE) --no-print-directory
 SOURCES := nanovllm_bento scripts tests $(wildcard service.py examples benchmarks deploy)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev venv-bench serve chat test computing kernels lint types format unit e2e bench doctor bento clean
+.PHONY: help venv venv-dev venv-bench serve chat test others kernels lint types format unit e2e bench doctor bento clean
 .PHONY: container container-run container-test deploy-check
 
 help:  ## this list
@@ -39,18 +39,18 @@ serve: venv  ## serve MODEL=demo on PORT=3000 (any model; ARGS="--max-num-seqs 6
 chat: venv  ## talk to the server on PORT=3000
 	@$(BIN)/nanovllm-bento chat --base-url http://127.0.0.1:$(PORT) $(ARGS)
 
-# Tests that start processes and mostly wait for them run beside those that compute on one core; the latter's output
-# comes at the end. PYTEST_ARGS that leave one of the two without a test (exit status 5) are no failure.
+# Tests that start servers mostly wait for them; the others run beside them on one core, and their output comes at the
+# end. PYTEST_ARGS that leave one of the two without a test (exit status 5) are no failure.
 test: lint types  ## lint, types and all tests
 	@log=$$(mktemp) && trap 'rm -f $$log' EXIT; \
-	$(MAKE) --no-print-directory -k computing kernels >$$log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest $(PROCESSES) $(PYTEST_ARGS); status=$$?; \
+	$(SUBMAKE) -k others kernels >$$log 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS); status=$$?; \
 	[ $$status != 5 ] || status=0; \
 	wait $$beside || status=1; \
 	cat $$log; exit $$status
 
-computing: venv-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(PROCESSES:%=--ignore=%) $(PYTEST_ARGS) || [ $$? = 5 ]
+others: venv-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS) || [ $$? = 5 ]
 
 kernels: venv-dev  ## the Triton kernels, in Triton's interpreter on the CPU
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted $(PYTEST_ARGS) || [ $$? = 5 ]
