@@ -15,6 +15,7 @@ DOCKER_ARGS ?=
 BOOTSTRAP := $(or $(PYTHON),python3) scripts/bootstrap.py --venv $(VENV) $(if $(PYTHON),--python $(PYTHON))
 BIN := $(VENV)/bin
 SUBMAKE = $(MAKE) --no-print-directory
+NO_TESTS := $(if $(PYTEST_ARGS),5,0)
 SOURCES := nanovllm_bento scripts tests $(wildcard service.py examples benchmarks deploy)
 
 .DEFAULT_GOAL := help
@@ -40,20 +41,20 @@ chat: venv  ## talk to the server on PORT=3000
 	@$(BIN)/nanovllm-bento chat --base-url http://127.0.0.1:$(PORT) $(ARGS)
 
 # Tests that start servers mostly wait for them; the others run beside them on one core, and their output comes at the
-# end. PYTEST_ARGS that leave one of the two without a test (exit status 5) are no failure.
+# end. Only PYTEST_ARGS may leave one of the two without a test (pytest's exit status 5).
 test: lint types  ## lint, types and all tests
 	@log=$$(mktemp) && trap 'rm -f $$log' EXIT; \
 	$(SUBMAKE) -k others kernels >$$log 2>&1 & beside=$$!; \
 	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS); status=$$?; \
-	[ $$status != 5 ] || status=0; \
+	[ $$status != $(NO_TESTS) ] || status=0; \
 	wait $$beside || status=1; \
 	cat $$log; exit $$status
 
 others: venv-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS) || [ $$? = 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore=tests/e2e $(PYTEST_ARGS) || [ $$? = $(NO_TESTS) ]
 
 kernels: venv-dev  ## the Triton kernels, in Triton's interpreter on the CPU
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted $(PYTEST_ARGS) || [ $$? = 5 ]
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted $(PYTEST_ARGS) || [ $$? = $(NO_TESTS) ]
 
 lint: venv-dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -58,8 +58,9 @@ def test_two_gpus_agree_with_one_within_bfloat16(tmp_path, family) -> None:
         found.append(torch.tensor(run(core)["score"][0].logprobs))
         core.close()
     difference = (found[0] - found[1]).abs()
+    far = (difference >= 0.2).float().mean()
     assert difference.mean() < 0.03
-    assert (difference < 0.2).float().mean() >= 0.95  # a rounding that tips a router's choice moves one token further
+    assert far <= (0.05 if family == "qwen3_moe" else 0.0)  # a tipped choice of a router moves its token further
 
 
 def test_a_killed_rank_is_named_at_once_and_the_gpu_does_not_wait_for_it(tmp_path) -> None:
