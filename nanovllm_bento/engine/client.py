@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from nanovllm_bento.engine.messages import EngineInfo, EngineStats, OutputItem
 from nanovllm_bento.sampling_params import SamplingParams
@@ -181,19 +182,19 @@ class EngineClient(Protocol):
         (engine.request.check_score).
         """
 
-    def generate(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        pace: Pace = EVERY_STEP,
-        num_scored: int = 0,
-    ) -> AsyncIterator[OutputItem]:
-        """``submit`` for a reader that waits for each item; failures are raised.
 
-        Closing the iterator or cancelling its task aborts the request.
-        """
+async def generate(
+    engine: EngineClient, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams, **options: Any
+) -> AsyncIterator[OutputItem]:
+    """``engine.submit``, with its options, for a reader that waits for each item; failures are raised.
+
+    The request begins with the first item that is asked for. Closing the iterator or cancelling its task aborts it.
+    """
+    output = engine.submit(request_id, prompt_token_ids, sampling, _do_nothing, **options)
+    async with aclosing(cast(AsyncGenerator[OutputItem, None], output.read())) as items:
+        async for item in items:
+            yield item
+
+
+def _do_nothing() -> None:
+    """Until the reader is there."""

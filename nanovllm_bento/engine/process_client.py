@@ -16,8 +16,7 @@ import sys
 import time
 import uuid
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -211,33 +210,6 @@ class ProcessEngineClient:
         self._requests[request_id] = request
         self._send(add)
         return request
-
-    async def generate(
-        self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
-        deadline: float | None = None,
-        pace: Pace = EVERY_STEP,
-        num_scored: int = 0,
-    ) -> AsyncIterator[OutputItem]:
-        request = self.submit(
-            request_id,
-            prompt_token_ids,
-            sampling,
-            _do_nothing,
-            cache_salt=cache_salt,
-            priority=priority,
-            deadline=deadline,
-            pace=pace,
-            num_scored=num_scored,
-        )
-        async with aclosing(cast(AsyncGenerator[OutputItem, None], request.read())) as items:
-            async for item in items:
-                yield item
 
     def _close_request(self, request_id: str) -> None:
         # Not there any more: the engine has ended it, or it was aborted with all others.
@@ -438,10 +410,6 @@ class ProcessEngineClient:
         if self.failure is None and (told := self._folder / FAILURE_FILE).exists():
             self._fail(told.read_text())
         return self.failure is not None
-
-
-def _do_nothing() -> None:
-    pass
 
 
 def _has_message(socket: zmq.Socket[bytes]) -> bool:

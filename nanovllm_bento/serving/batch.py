@@ -5,7 +5,6 @@ here: an item in tokens, a batch in time, the calls that wait in number (BatchGa
 """
 
 import asyncio
-import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanovllm_bento.config import ServiceConfig
+from nanovllm_bento.engine.client import generate
 from nanovllm_bento.engine.messages import OutputItem
 from nanovllm_bento.engine.request import check_score
 from nanovllm_bento.errors import DeadlineExceededError, EngineError, InvalidRequestError, PromptTooLongError
@@ -25,6 +25,7 @@ from nanovllm_bento.serving.context import ServingContext
 from nanovllm_bento.serving.errors import OverloadedError, error_object, error_response
 from nanovllm_bento.serving.errors import invalid_body as invalid_fields
 from nanovllm_bento.serving.generation import complete, plan_jobs
+from nanovllm_bento.serving.logs import random_hex
 from nanovllm_bento.serving.openai.protocol import ErrorObject, SamplingFields, Usage
 from nanovllm_bento.text.pairs import continuation_ids, move_spaces
 
@@ -172,7 +173,7 @@ async def _complete_item(context: ServingContext, item: BatchItem) -> BatchResul
         raise InvalidRequestError("n must be 1 here: send the item several times.", param="n")
     ids = await _token_ids(context, "prompt", item.prompt, item.prompt_token_ids)
     (job,) = jobs = plan_jobs(
-        f"batch-{secrets.token_hex(12)}",
+        f"batch-{random_hex(12)}",
         [ids],
         sampling,
         info,
@@ -209,8 +210,9 @@ async def _score_item(context: ServingContext, item: ScoreItem) -> ScoreResult:
         priority = caller.effective_priority(None, info.scheduling_policy)
         await ticket.turn()
         metrics, outcome = context.metrics.request(num_tokens, arrived), "abort"
-        stream = context.engine.generate(
-            f"score-{secrets.token_hex(12)}",
+        stream = generate(
+            context.engine,
+            f"score-{random_hex(12)}",
             given + wanted,
             _NO_SAMPLING,
             cache_salt=caller.salt(item.cache_salt),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
-from nanovllm_bento.engine.client import Pace
+from nanovllm_bento.engine.client import Pace, generate
 from nanovllm_bento.engine.process_client import ProcessEngineClient
 from nanovllm_bento.engine.processes import start_time
 from nanovllm_bento.engine.request import resolve_request
@@ -43,7 +43,7 @@ async def collect(client: ProcessEngineClient, request_id: str, num_tokens: int,
     prompt = [ord(c) for c in request_id]
     sampling = resolve_request(prompt, SamplingParams(max_tokens=num_tokens, ignore_eos=True), client.info)
     tokens: list[int] = []
-    async for item in client.generate(request_id, prompt, sampling, **options):  # type: ignore[arg-type]
+    async for item in generate(client, request_id, prompt, sampling, **options):  # type: ignore[arg-type]
         tokens += item.new_token_ids
     return tokens
 
@@ -110,10 +110,10 @@ async def test_tokens_that_pile_up_are_read_in_one_piece(tiny, tmp_path) -> None
     async with connected(tiny, tmp_path / "ipc") as client:
         sampling = resolve_request([1], SamplingParams(max_tokens=500, ignore_eos=True), client.info)
         sizes = []
-        async for item in client.generate("a", [1], sampling, pace=Pace(100)):
+        async for item in generate(client, "a", [1], sampling, pace=Pace(100)):
             sizes.append(len(item.new_token_ids))
         assert sum(sizes) == 500 and all(size >= 100 for size in sizes[1:-1])
-        slow = client.generate("b", [1], sampling)
+        slow = generate(client, "b", [1], sampling)
         first = await anext(slow)
         await wait_for(lambda: "b" not in client._requests, "the engine is done with it")
         rest = [item async for item in slow]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
+from nanovllm_bento.engine.client import generate
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.process_client import ProcessEngineClient
 from nanovllm_bento.engine.processes import ipc_folder, start_time
@@ -62,7 +63,7 @@ def greedy(client: ProcessEngineClient, prompt: list[int], max_tokens: int = 40)
 
 async def collect(client: ProcessEngineClient, request_id: str, prompt: list[int], max_tokens: int = 40) -> list[int]:
     tokens: list[int] = []
-    async for item in client.generate(request_id, prompt, greedy(client, prompt, max_tokens)):
+    async for item in generate(client, request_id, prompt, greedy(client, prompt, max_tokens)):
         tokens += item.new_token_ids
     return tokens
 
@@ -98,7 +99,7 @@ async def test_tokens_do_not_depend_on_the_process_boundary(tiny, tmp_path, in_p
 
 
 async def collect_raw(client: ProcessEngineClient) -> None:
-    async for _ in client.generate("early", [1], SamplingParams(seed=0)):
+    async for _ in generate(client, "early", [1], SamplingParams(seed=0)):
         pass
 
 
@@ -110,7 +111,7 @@ async def test_leaving_frees_the_request_in_the_engine(tiny, tmp_path):
         task.cancel()
         await wait_for(lambda: client.stats.num_requests_running == 0, "it ended")
         assert client.stats.num_blocks_used == 0
-        stream = client.generate("closed", [3] * 20, greedy(client, [3] * 20, 200))
+        stream = generate(client, "closed", [3] * 20, greedy(client, [3] * 20, 200))
         await anext(stream)
         await stream.aclose()
         await wait_for(lambda: client.stats.num_requests_running == 0, "it ended")
@@ -123,7 +124,7 @@ async def test_streams_go_on_with_the_same_tokens_after_the_engine_is_killed(tin
 
         async def stream(i: int) -> list[int]:
             tokens: list[int] = []
-            async for item in client.generate(str(i), PROMPTS[i], greedy(client, PROMPTS[i])):
+            async for item in generate(client, str(i), PROMPTS[i], greedy(client, PROMPTS[i])):
                 tokens += item.new_token_ids
                 first.set()
             return tokens
@@ -138,7 +139,7 @@ async def test_streams_go_on_with_the_same_tokens_after_the_engine_is_killed(tin
 
 
 async def score(client: ProcessEngineClient, request_id: str, tokens: list[int], num_scored: int) -> list[float]:
-    items = [item async for item in client.generate(request_id, tokens, SamplingParams(seed=0), num_scored=num_scored)]
+    items = [item async for item in generate(client, request_id, tokens, SamplingParams(seed=0), num_scored=num_scored)]
     assert len(items) == 1 and items[0].is_greedy is not None and items[0].logprobs is not None
     return items[0].logprobs
 
@@ -160,7 +161,7 @@ async def test_an_engine_told_to_end_finishes_what_runs_and_the_next_one_takes_t
     async with connected(engine_config(tiny), tmp_path / "ipc") as client:
         await ready(engine_config(tiny), client)
         first = client._engine_pid
-        stream = client.generate("running", PROMPTS[0], greedy(client, PROMPTS[0]))
+        stream = generate(client, "running", PROMPTS[0], greedy(client, PROMPTS[0]))
         tokens = (await anext(stream)).new_token_ids
         os.kill(first, signal.SIGTERM)
         late = asyncio.create_task(collect(client, "late", PROMPTS[1]))
@@ -174,7 +175,7 @@ async def test_an_engine_told_to_end_finishes_what_runs_and_the_next_one_takes_t
 async def test_a_deadline_ends_a_request_and_frees_it(tiny, tmp_path):
     async with connected(engine_config(tiny), tmp_path / "ipc") as client:
         await ready(engine_config(tiny), client)
-        stream = client.generate("late", [3] * 20, greedy(client, [3] * 20, 230), deadline=time.time() + 0.05)
+        stream = generate(client, "late", [3] * 20, greedy(client, [3] * 20, 230), deadline=time.time() + 0.05)
         with pytest.raises(DeadlineExceededError):
             async for _ in stream:
                 pass
@@ -230,13 +231,14 @@ async def test_requests_of_a_killed_worker_are_aborted(tiny, tmp_path):
     script = """
 import asyncio, sys
 from nanovllm_bento.config import EngineConfig, ServiceConfig
+from nanovllm_bento.engine.client import generate
 from nanovllm_bento.engine.process_client import ProcessEngineClient
 from nanovllm_bento.sampling_params import SamplingParams
 async def main():
     client = ProcessEngineClient(EngineConfig.create(model=sys.argv[1]), ServiceConfig.create(ipc_dir=sys.argv[2]),
                                  owner_pid=int(sys.argv[3]))
     await client.start(); await client.wait_ready()
-    async for item in client.generate("w", [1, 2, 3], SamplingParams(seed=0, max_tokens=250, ignore_eos=True)):
+    async for item in generate(client, "w", [1, 2, 3], SamplingParams(seed=0, max_tokens=250, ignore_eos=True)):
         print("token", flush=True)
 asyncio.run(main())
 """
@@ -268,7 +270,7 @@ async def test_a_request_that_the_engine_refuses_ends_with_its_reason(tiny, tmp_
     async with connected(engine_config(tiny), tmp_path / "ipc") as client:
         await ready(engine_config(tiny), client)
         with pytest.raises(InvalidRequestError, match="scheduling_policy"):
-            async for _ in client.generate("a", [1], greedy(client, [1]), priority=3):
+            async for _ in generate(client, "a", [1], greedy(client, [1]), priority=3):
                 pass
         assert len(await collect(client, "b", [1, 2], 3)) == 3
 

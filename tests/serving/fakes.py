@@ -3,9 +3,8 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -131,14 +130,6 @@ class FakeEngine:
         buffer = OutputBuffer(pace, on_due, close)
         task = asyncio.create_task(self._feed(buffer, request_id, prompt_token_ids, sampling, num_scored))
         return buffer
-
-    async def generate(
-        self, request_id: str, prompt_token_ids: Sequence[int], sampling: SamplingParams, **options: Any
-    ) -> AsyncIterator[OutputItem]:
-        buffer = self.submit(request_id, prompt_token_ids, sampling, lambda: None, **options)
-        async with aclosing(cast(Any, buffer.read())) as items:
-            async for item in items:
-                yield item
 
     async def _feed(
         self,
