@@ -28,7 +28,7 @@ from nanovllm_bento.serving.batch import (
 )
 from nanovllm_bento.serving.context import ServingContext
 from nanovllm_bento.serving.front import Front
-from nanovllm_bento.serving.lifetime import drain_on_sigterm, end_with
+from nanovllm_bento.serving.lifetime import drain_on_sigterm, end_with, main_pid, name_main_process
 from nanovllm_bento.serving.logs import skip_unwritten_lines
 from nanovllm_bento.serving.main_process import guard
 from nanovllm_bento.serving.middleware import middlewares
@@ -39,7 +39,7 @@ from nanovllm_bento.serving.resources import num_workers, service_resources
 engine_config = EngineConfig.create()
 config = ServiceConfig.create()
 # Workers are children of the `bentoml serve` process; they and the engine live as long as that.
-owner_pid = os.getppid()
+owner_pid = main_pid()
 engine = ProcessEngineClient(engine_config, config, owner_pid=owner_pid)
 context = ServingContext(engine, engine_config, config)
 endpoints = OpenAIEndpoints(context)
@@ -71,6 +71,7 @@ class NanoVLLM:
     def prestart() -> None:
         """In the main process, before there are workers: the engine loads while they start."""
         log_format.set_up(config.log_format, "main", level=config.log_level)
+        name_main_process()
         guard(config, ipc_folder(os.getpid(), config.ipc_dir))
         prestart_engine(engine_config, config, os.getpid())
 

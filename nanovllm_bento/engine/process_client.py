@@ -16,7 +16,8 @@ import sys
 import time
 import uuid
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from nanovllm_bento.engine.messages import (
     pack_tokens,
     to_worker_decoder,
 )
-from nanovllm_bento.engine.processes import ipc_folder, open_pidfd, start_time
+from nanovllm_bento.engine.processes import ipc_folder, open_pidfd, remove_folder, start_time
 from nanovllm_bento.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -338,7 +339,11 @@ class ProcessEngineClient:
                     await asyncio.sleep(_LOCK_INTERVAL)
             if not self._learn_failure():  # of the supervisor before this one
                 await self._keep_alive()
-            await asyncio.Event().wait()  # it cannot start: keep the lock, or the next worker would try again
+            # No engine will come. Keep the lock, or the next worker would try again, and when the service ends remove
+            # the folder, as an engine would have.
+            with _end_of(self.owner_pid) as ended:
+                await ended.wait()
+            remove_folder(self._folder)
         except asyncio.CancelledError:
             raise
         except Exception as e:
@@ -369,14 +374,8 @@ class ProcessEngineClient:
 
     async def _watch(self, pid: int) -> None:
         """Return when the engine has ended; kill it if it is silent for too long."""
-        pidfd = open_pidfd(pid)
-        if pidfd is None:
-            return
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(pidfd, ended.set)
         started = self._last_heard = time.monotonic()
-        try:
+        with _end_of(pid) as ended:
             while not ended.is_set():
                 try:
                     await asyncio.wait_for(ended.wait(), self.service_config.engine_heartbeat_interval)
@@ -388,9 +387,6 @@ class ProcessEngineClient:
                     if late_start or silent:
                         logger.error("the engine (pid %d) %s; killing it", pid, "hangs" if silent else "does not start")
                         os.kill(pid, signal.SIGKILL)
-        finally:
-            loop.remove_reader(pidfd)
-            os.close(pidfd)
 
     def _fail(self, why: str) -> None:
         """No engine will come: end what is open and stay not ready."""
@@ -410,6 +406,23 @@ class ProcessEngineClient:
         if self.failure is None and (told := self._folder / FAILURE_FILE).exists():
             self._fail(told.read_text())
         return self.failure is not None
+
+
+@contextmanager
+def _end_of(pid: int) -> Iterator[asyncio.Event]:
+    """An event that is set when the process has ended."""
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    pidfd = open_pidfd(pid)
+    if pidfd is None:
+        ended.set()
+        yield ended
+        return
+    loop.add_reader(pidfd, ended.set)
+    try:
+        yield ended
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 def _has_message(socket: zmq.Socket[bytes]) -> bool:

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from nanovllm_bento.errors import ConfigError
+from nanovllm_bento.errors import ConfigError, EngineDeadError
 
 _MAX_SOCKET_PATH = 100  # bytes; sun_path holds 108 with its end
 
@@ -51,14 +52,22 @@ def on_sigterm(owner_pid: int, act: Callable[[], None]) -> None:
 
 
 def end_with_owner(owner_pid: int, folder: Path) -> None:
-    """Have a thread remove ``folder`` and end this process when the owner ends, also while a step hangs."""
+    """Have a thread remove ``folder`` and end this process when the owner ends, also while a step hangs.
 
-    def wait() -> None:
-        pidfd = open_pidfd(owner_pid)
-        if pidfd is not None:
-            select.select([pidfd], [], [])
+    Where it has ended already, so does this process, here: what its main thread would do next puts files there.
+    """
+
+    def end() -> NoReturn:
         remove_folder(folder)
         os._exit(0)
+
+    pidfd = open_pidfd(owner_pid)
+    if pidfd is None or start_time(owner_pid) is None:
+        end()
+
+    def wait() -> None:
+        select.select([pidfd], [], [])
+        end()
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -76,8 +85,13 @@ def ipc_folder(owner_pid: int, configured: str | None = None) -> Path:
     """The folder (mode 0700) for the sockets of the service whose main process is ``owner_pid``; made if missing.
 
     Named after that process and its start, so that two services never meet. Folders of services that are gone are
-    removed on the way. Raises ConfigError if it is somebody else's or too long a path for a socket.
+    removed on the way. Raises ConfigError if it is somebody else's or too long a path for a socket, and EngineDeadError
+    if the main process has ended: whoever removes the folder then may have done so, and would not come again.
     """
+    gone = f"The service's main process (pid {owner_pid}) has ended, and with it the engine."
+    owner_started = start_time(owner_pid)
+    if owner_started is None:
+        raise EngineDeadError(gone)
     if configured is not None:
         folder = Path(configured)
     else:
@@ -88,11 +102,14 @@ def ipc_folder(owner_pid: int, configured: str | None = None) -> Path:
             pid, _, started = old.name.removeprefix(prefix).partition("-")
             if pid.isdecimal() and str(start_time(int(pid))) != started:
                 shutil.rmtree(old, ignore_errors=True)
-        folder = base / f"{prefix}{owner_pid}-{start_time(owner_pid)}"
+        folder = base / f"{prefix}{owner_pid}-{owner_started}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ConfigError(f"ipc_dir {folder} must be a folder of this user with mode 0700.")
     if len(os.fsencode(folder / "engine.sock")) > _MAX_SOCKET_PATH:
         raise ConfigError(f"ipc_dir {folder} is too long a path for a socket. Set NANOVLLM_IPC_DIR to a shorter one.")
+    if start_time(owner_pid) != owner_started:  # it ended in between, so the folder may have been made once more
+        remove_folder(folder)
+        raise EngineDeadError(gone)
     return folder

@@ -12,6 +12,21 @@ logger = logging.getLogger(__name__)
 
 GRACE = 5.0
 """Seconds between SIGTERM, on which open answers may end, and the end."""
+_MAIN_PID = "_NANOVLLM_MAIN_PID"
+
+
+def name_main_process() -> None:
+    """Tell the workers that this process is about to start that they are its own."""
+    os.environ[_MAIN_PID] = str(os.getpid())
+
+
+def main_pid() -> int:
+    """The process that this worker works for: it has said so, or it is the parent.
+
+    The parent alone will not do: a worker that still imports when ``bentoml serve`` is killed gets another, which never
+    ends; nor would the worker then, with an engine of its own.
+    """
+    return int(os.environ.get(_MAIN_PID) or os.getppid())
 
 
 def end_with(pid: int) -> None:

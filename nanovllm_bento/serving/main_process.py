@@ -22,7 +22,7 @@ import psutil
 
 from nanovllm_bento.config import ServiceConfig
 from nanovllm_bento.engine.process_client import FAILURE_FILE
-from nanovllm_bento.engine.processes import start_time
+from nanovllm_bento.engine.processes import remove_folder, start_time
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ _STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 def guard(config: ServiceConfig, folder: Path) -> None:
     """Begin to watch the workers, which do not run yet. folder: the service's, where it is written that it has failed.
+    It is removed at the end, as there may be no engine that would.
 
     To be called in the main process by BentoML's hook ``on_deployment``. Does nothing in a program that serves within
     itself, nor with ``--reload``, which ends workers all the time.
@@ -58,6 +59,7 @@ def guard(config: ServiceConfig, folder: Path) -> None:
         raise RuntimeError("another part of this process listens for signals already")
     watch = Watch(told, config, folder / FAILURE_FILE if ends else None)
     atexit.register(watch.tell)
+    atexit.register(remove_folder, folder)  # before tell, which may end the process
     threading.Thread(target=watch.run, name="guard", daemon=True).start()
 
 

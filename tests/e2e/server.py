@@ -23,7 +23,7 @@ START_TIMEOUT = 240.0  # seconds; the demo's first start also builds its tokeniz
 class Server:
     """A running service. ``statuses``: what /readyz and /health said while it started, in order.
 
-    temp_dir: where its processes keep temporary files, those of BentoML included.
+    temp_dir: where its processes keep temporary files, those of BentoML included. seen: what ``processes`` ever found.
     """
 
     process: subprocess.Popen[bytes]
@@ -32,6 +32,7 @@ class Server:
     log_path: Path
     temp_dir: str = ""
     shared_memory: set[str] = field(default_factory=set)
+    seen: dict[int, str] = field(default_factory=dict)
     statuses: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -103,8 +104,12 @@ class Server:
                 self.shared_memory |= {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line}
 
     def processes(self) -> dict[int, str]:
-        """Pid and start time of the server's process, of everything below it, and of the engine wherever it is."""
-        found = {self.process.pid: start_time(self.process.pid) or ""}
+        """Pid and start time of the server's process, of everything below it, and of the engine wherever it is.
+
+        Also of what was found before and lives: without the server's process it is below another.
+        """
+        found = {pid: self.seen[pid] for pid in alive(self.seen)}
+        found[self.process.pid] = start_time(self.process.pid) or ""
         with contextlib.suppress(OSError, IndexError, ValueError):
             if (started := start_time(self.engine_pid)) is not None:
                 found[self.engine_pid] = started
@@ -117,6 +122,7 @@ class Server:
                     if int(fields[1]) in found and pid not in found:
                         found[pid] = fields[19]
                         grew = True
+        self.seen |= found
         return found
 
 

@@ -179,6 +179,22 @@ async def test_killing_bentoml_serve_leaves_nothing(tiny_model: str) -> None:
         assert [path for path in server.leftovers() if "bentoml" not in path] == []  # its own it leaves where it may
 
 
+async def test_a_worker_that_is_late_ends_with_bentoml_serve(tiny_model: str) -> None:
+    """It learns of the end when it has loaded: the parent is another by then, engine and folder are gone."""
+    with serve(tiny_model, wait=False, **FAKE, workers=2) as server:
+        await until(lambda: len(server.worker_pids) == 2, "both workers are there")
+        processes, late = server.processes(), server.worker_pids[0]
+        os.kill(late, signal.SIGSTOP)
+        server.process.kill()
+        server.process.wait()
+        others = {pid: started for pid, started in processes.items() if pid != late}
+        assert await asyncio.to_thread(wait_ended, others) == []
+        assert not Path(server.ipc_dir).exists()
+        os.kill(late, signal.SIGCONT)
+        assert await asyncio.to_thread(wait_ended, processes) == []
+        assert not Path(server.ipc_dir).exists()
+
+
 async def test_sigterm_drains_within_the_grace_time(tiny_model: str) -> None:
     """Also where the engine is the child of a worker, because that has started it again."""
     settings = FAKE | {"fake_tokens_per_second": 50, "shutdown_grace_seconds": 4, "workers": 2}

@@ -2,12 +2,13 @@
 
 import os
 import signal
+from pathlib import Path
 
 import httpx
 import pytest
 
 from nanovllm_bento.hub import ModelFiles
-from tests.e2e.server import serve, wait_ended
+from tests.e2e.server import end, serve, wait_ended
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -29,3 +30,5 @@ def test_a_model_that_does_not_exist_is_told_and_never_ready() -> None:
         error = httpx.post(server.url + "/v1/completions", json={"prompt": "a"}).json()["error"]
         assert error["code"] == "engine_not_ready" and "./no/such/model" in error["message"]
         assert "./no/such/model" in server.log
+        end(server)
+        assert not Path(server.ipc_dir).exists(), "also where no engine is left to remove it"

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
+from nanovllm_bento.engine import processes
 from nanovllm_bento.engine.client import generate
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.process_client import ProcessEngineClient
@@ -84,6 +85,17 @@ async def wait_for(condition, what: str, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         await asyncio.sleep(0.01)
+
+
+@contextmanager
+def living():
+    """A process that lives as long as the context, and is a service's main process for what asks."""
+    process = subprocess.Popen(["sleep", "600"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def test_tokens_do_not_depend_on_the_process_boundary(tiny, tmp_path, in_process):
@@ -275,6 +287,51 @@ async def test_a_request_that_the_engine_refuses_ends_with_its_reason(tiny, tmp_
         assert len(await collect(client, "b", [1, 2], 3)) == 3
 
 
+async def test_without_an_engine_the_supervisor_removes_the_folder_when_the_service_ends(tmp_path):
+    config, folder = engine_config(tmp_path / "nothing-here"), tmp_path / "ipc"
+    with living() as owner:
+        async with connected(config, folder, owner.pid, engine_module="nanovllm_bento.bench.fake_engine") as client:
+            with pytest.raises(EngineDeadError, match="nothing-here"):
+                await ready(config, client)
+            assert folder.exists()
+            owner.kill()
+            await wait_for(lambda: not folder.exists(), "the folder is removed")
+
+
+@pytest.mark.parametrize("configured", [True, False])
+async def test_a_worker_whose_service_has_ended_leaves_no_folder(tmp_path, monkeypatch, configured):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with living() as owner:
+        pass
+    settings = ServiceConfig.create(env={}, ipc_dir=str(tmp_path / "ipc") if configured else None)
+    client = ProcessEngineClient(engine_config("nothing-here"), settings, owner_pid=owner.pid)
+    try:
+        with pytest.raises(EngineDeadError, match=f"pid {owner.pid}.* has ended"):
+            await client.start()
+    finally:
+        await client.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_made_while_its_service_ends_is_removed(tmp_path, monkeypatch):
+    with living() as owner:
+        ended = iter([start_time(owner.pid), None])
+        monkeypatch.setattr(processes, "start_time", lambda pid: next(ended))
+        with pytest.raises(EngineDeadError):
+            ipc_folder(owner.pid, str(tmp_path / "ipc"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_whose_service_has_ended_does_not_begin(tmp_path):
+    with living() as owner:
+        folder = ipc_folder(owner.pid, str(tmp_path / "ipc"))
+    script = "import sys, pathlib; from nanovllm_bento.engine.processes import end_with_owner as end;"
+    script += "end(int(sys.argv[1]), pathlib.Path(sys.argv[2])); print('it goes on')"
+    command = [sys.executable, "-c", script, str(owner.pid), str(folder)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == ""
+    assert not folder.exists()
+
+
 def test_an_ipc_folder_open_to_others_is_refused(tmp_path):
     folder = tmp_path / "open"
     folder.mkdir(mode=0o755)
@@ -286,9 +343,8 @@ def test_an_ipc_folder_open_to_others_is_refused(tmp_path):
 
 def test_folders_of_services_that_are_gone_are_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    old = ipc_folder(gone.pid)
-    gone.wait()
+    with living() as gone:
+        old = ipc_folder(gone.pid)
     mine = ipc_folder(os.getpid())
     assert mine.exists() and not old.exists()
     assert mine.stat().st_mode & 0o777 == 0o700
