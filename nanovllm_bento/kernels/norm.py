@@ -33,6 +33,18 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return add_rms_norm_reference(x, residual, weight, eps)
 
 
+def sum_add_rms_norm(parts: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` of an x that lies in parts, to be added up in their order: float32 [n_parts, ..., n].
+
+    Parts and residual are rounded once, as a sum. residual may be overwritten, as there.
+    """
+    if parts.is_cuda:
+        from nanovllm_bento.kernels.norm_triton import sum_add_rms_norm as on_cuda
+
+        return on_cuda(parts, residual, weight, eps)
+    return sum_add_rms_norm_reference(parts, residual, weight, eps)
+
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype == torch.float32:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
@@ -42,4 +54,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     residual = x.add_(residual)
+    return rms_norm_reference(residual, weight, eps), residual
+
+
+def sum_add_rms_norm_reference(parts: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    residual = (residual.float() + parts.sum(0)).to(residual.dtype)
     return rms_norm_reference(residual, weight, eps), residual

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm_bento.kernels.activation import silu_and_mul
-from nanovllm_bento.kernels.norm import add_rms_norm, rms_norm
+from nanovllm_bento.kernels.norm import add_rms_norm, rms_norm, sum_add_rms_norm
 from nanovllm_bento.kernels.rope_store import make_step, qk_norm_rope_store, qk_norm_rope_store_reference
 from tests.kernels import small_kernel_checks as checks
 from tests.kernels.small_kernel_checks import FP8, RopeCase
@@ -47,6 +47,13 @@ def test_rms_norm(rows, n, dtype):
 @pytest.mark.parametrize("rows", [1, 300])
 def test_add_rms_norm_overwrites_both_arguments(rows, n, dtype):
     checks.check_add_rms_norm(add_rms_norm, rows, n, dtype, "cuda", truncates=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 24, 40, 1000, 1024, 5120, 16384])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_the_norm_of_a_sum_in_parts(rows, n, dtype):
+    checks.check_sum_add_rms_norm(sum_add_rms_norm, rows, n, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", HALVES)

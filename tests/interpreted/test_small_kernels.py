@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm_bento.kernels.activation_triton import silu_and_mul
-from nanovllm_bento.kernels.norm_triton import add_rms_norm, rms_norm
+from nanovllm_bento.kernels.norm_triton import add_rms_norm, rms_norm, sum_add_rms_norm
 from nanovllm_bento.kernels.rope_store_triton import qk_norm_rope_store
 from tests.kernels import small_kernel_checks as checks
 
@@ -22,6 +22,12 @@ def test_rms_norm(n, dtype):
 @pytest.mark.parametrize("n", [24, 1000])
 def test_add_rms_norm_overwrites_both_arguments(n, dtype):
     checks.check_add_rms_norm(add_rms_norm, 3, n, dtype, "cpu", truncates=dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [24, 1000])
+def test_the_norm_of_a_sum_in_parts(n, dtype):
+    checks.check_sum_add_rms_norm(sum_add_rms_norm, 3, n, dtype, "cpu")
 
 
 def test_norm_rounds_before_the_weight():

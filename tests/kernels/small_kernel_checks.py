@@ -82,6 +82,17 @@ def check_add_rms_norm(op: PairOp, rows: int, n: int, dtype: torch.dtype, device
     assert (normed.data_ptr(), new_residual.data_ptr()) == (x.data_ptr(), residual.data_ptr())  # nothing allocated
 
 
+def check_sum_add_rms_norm(op: PairOp, rows: int, n: int, dtype: torch.dtype, device: str) -> None:
+    parts = randn(3, rows, n, dtype=torch.float32, device=device)
+    residual, weight = randn(rows, n, dtype=dtype, device=device), randn(n, dtype=dtype, device=device)
+    before, total = parts.clone(), residual.double() + parts.double().sum(0)
+    with poisoned_memory():
+        normed, new_residual = op(parts, residual, weight, EPS)
+    close(new_residual, total, dtype)
+    close(normed, norm64(new_residual, weight), dtype)
+    assert torch.equal(parts, before)
+
+
 def check_norm_rounds_as_the_reference(op: Op, n: int, dtype: torch.dtype, device: str) -> None:
     x, weight = randn(8, n, dtype=dtype, device=device), randn(n, dtype=dtype, device=device)
     same_roundings(op(x, weight, EPS), rms_norm_reference(x.cpu(), weight.cpu(), EPS))

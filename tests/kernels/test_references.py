@@ -7,7 +7,7 @@ from torch import Tensor
 from nanovllm_bento.kernels import linear as linear_module
 from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.linear import best_cpu_dtype, linear, pack_weight
-from nanovllm_bento.kernels.norm import add_rms_norm, rms_norm
+from nanovllm_bento.kernels.norm import add_rms_norm, rms_norm, sum_add_rms_norm
 from nanovllm_bento.kernels.rope_store import make_step, qk_norm_rope_store
 from tests.kernels.small_kernel_checks import RopeCase, check_rope_store_keeps_the_keys
 
@@ -43,6 +43,13 @@ def test_add_rms_norm_returns_the_sum_as_the_new_residual(dtype: torch.dtype) ->
     normed, new_residual = add_rms_norm(x.clone(), residual, weight, 1e-5)
     assert torch.equal(new_residual, total)
     close(normed, norm64(total, weight, 1e-5), dtype)
+
+
+def test_the_norm_of_a_sum_in_parts_equals_that_of_the_sum() -> None:
+    parts, residual, weight = torch.randn(3, 5, 64), torch.randn(5, 64), torch.rand(64)
+    normed, total = sum_add_rms_norm(parts, residual.clone(), weight, 1e-5)
+    torch.testing.assert_close(total, residual + parts[0] + parts[1] + parts[2])
+    torch.testing.assert_close(normed, rms_norm(total, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
