@@ -34,8 +34,11 @@ CYCLES_PER_SECOND = 2e9
 KERNEL_GROUPS = (
     ("attention", r"attn|attention|flash|fmha|paged|split_?kv|combine"),
     ("norm, rope, activation", r"norm|rope|rotary|silu|swiglu|act_and_mul"),
-    ("sampling", r"sample|philox|gumbel|argmax|softmax|sort|topk|top_k|store_tokens|_scan|_choose"),
-    ("GEMM", r"gemm|gemv|nvjet|cutlass|cublas|splitk|linear|xmma|matmul|\bmm\b|vector_kernel|matrix_kernel"),
+    ("sampling", r"sample|philox|gumbel|argmax|softmax|sort|topk|top_k|_scan|_choose"),
+    (
+        "GEMM",
+        r"gemm|gemv|nvjet|cutlass|cublas|splitk|linear|xmma|matmul|\bmm\b|vector_kernel|matrix_kernel|tile_kernel",
+    ),
 )
 """Groups of kernels by name; the first pattern that is found wins, and what none finds is "other"."""
 

@@ -1,9 +1,10 @@
 """Runs a batch on the device: stages its inputs, calls the model, samples, and hands back tokens that may come later.
 
 Per-slot state stays on the device between steps: the last token of each slot, its block table and its sampling
-parameters. So a decode step on a GPU is one small copy (a slot, a position and a block per row) and a CUDA graph; a
-step of prompts names its tokens, and is a graph too once its size has been seen; all else, and everything on a CPU,
-runs eagerly. ``launch`` never waits for the device; ``InFlight.wait`` does, for one event.
+parameters. So a decode step on a GPU is a CUDA graph, after one small copy (a slot, a position and a block per row) if
+its rows are not those of the step before, one token later; a step of prompts names its tokens, and is a graph too once
+its size has been seen; all else, and everything on a CPU, runs eagerly. ``launch`` never waits for the device;
+``InFlight.wait`` does, for one event.
 """
 
 import time
@@ -26,7 +27,7 @@ from nanovllm_bento.errors import ConfigError, DeviceMemoryError
 from nanovllm_bento.hub import ModelFiles, load_config_dict, resolve_model
 from nanovllm_bento.kernels.attention import select_backend
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
-from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs, store_tokens
+from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs
 from nanovllm_bento.kernels.linear import best_cpu_dtype
 from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup, split_heads
 from nanovllm_bento.layers.sampler import Sampler, score_rows
@@ -152,6 +153,9 @@ class ModelRunner:
         self.builder = StepBuilder(config.block_size, config.max_num_seqs, max_blocks, self.vocab_size)
         self.last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.torch_device)
         self.sampler = Sampler(config.max_num_seqs, self.torch_device)
+        self.copied: torch.cuda.Event | None = None  # the last copy of tokens to the host
+        if self.on_gpu:
+            self.copies = torch.cuda.Stream(self.torch_device)
         self.graphs: DecodeGraphs | None = None
         self.prompt_graphs: PromptGraphs | None = None
         if self._uses_graphs:
@@ -214,7 +218,10 @@ class ModelRunner:
         self.device_tables = torch.zeros(config.max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self.static = DecodeInputs.allocate(config.max_num_seqs, max_blocks, device)
         self.static_rows = torch.full((config.max_num_seqs, 3), -1, dtype=torch.int32, device=device)
+        self.known_rows = np.full((config.max_num_seqs, 3), -1, np.int32)  # what static_rows hold
         self.query_starts = torch.arange(config.max_num_seqs + 1, dtype=torch.int32, device=device)
+        # Not in the graphs' pool, where the next step would write while the tokens are copied to the host.
+        self.tokens = torch.empty(config.max_num_seqs, dtype=torch.int64, device=device)
         num_logits = self.model.lm_head.shard.length
         self.logits = torch.empty(config.max_num_seqs, num_logits, dtype=self.torch_dtype, device=device)
         pool = GraphPool()
@@ -250,18 +257,21 @@ class ModelRunner:
 
     def _decode_tokens(self, logits: Tensor, filtered: bool) -> Tensor:
         """The captured part from the logits on: int64 [size]; they also become their slots' last tokens."""
-        rows = self.static.rows(len(logits))
-        tokens = self._sample(logits, rows.slots, rows.next_positions, filtered)
-        store_tokens(tokens, rows.slots, self.last_tokens)
-        return tokens
+        rows, out = self.static.rows(len(logits)), self.tokens[: len(logits)]
+        return self._sample(logits, rows.slots, rows.next_positions, filtered, out)
 
-    def _sample(self, logits: Tensor, slots: Tensor, positions: Tensor, filtered: bool) -> Tensor:
-        """Tokens from this rank's part of the logits; filters need all of them in one place."""
-        if self.group.size == 1:
-            return self.sampler.sample_device(logits, slots, positions, filtered)
-        if filtered:
-            return self.sampler.sample_device(self.model.lm_head.gather(logits), slots, positions, filtered)
-        return self.sampler.sample_shards(logits, self.vocab, slots, positions, self.group)
+    def _sample(
+        self, logits: Tensor, slots: Tensor, positions: Tensor, filtered: bool, out: Tensor | None = None
+    ) -> Tensor:
+        """Tokens from this rank's part of the logits, int64 [n]; they also become their slots' last tokens.
+
+        Filters need all of the logits in one place.
+        """
+        if self.group.size > 1 and not filtered:
+            return self.sampler.sample_shards(logits, self.vocab, slots, positions, self.group, self.last_tokens, out)
+        if self.group.size > 1:
+            logits = self.model.lm_head.gather(logits)
+        return self.sampler.sample_device(logits, slots, positions, filtered, self.last_tokens, out)
 
     def _ban(self, logits: Tensor, banned: np.ndarray) -> None:
         """``Sampler.ban`` of indices into whole rows, in this rank's part of the logits."""
@@ -279,14 +289,18 @@ class ModelRunner:
             slots = self._put(inputs.entering.astype(np.int64))
             self.device_tables[:, : inputs.tables.shape[1]].index_copy_(0, slots, self._put(inputs.tables))
             self.last_tokens.index_copy_(0, slots, self._put(inputs.tokens.astype(np.int64)))
-        staged = torch.empty(graph.size, 3, dtype=torch.int32, pin_memory=True)
-        rows = staged.numpy()
+        rows = np.full((graph.size, 3), -1, np.int32)
         rows[:count] = inputs.rows
-        rows[count:] = -1
-        self.static_rows[: graph.size].copy_(staged, non_blocking=True)
+        known = self.known_rows[: graph.size]
+        if not np.array_equal(rows, known):
+            self.static_rows[: graph.size].copy_(torch.from_numpy(rows).pin_memory(), non_blocking=True)
+            known[:] = rows
         graph.forward.replay()
+        known[:count, 1] += 1  # as decode_inputs does on the device
         self._ban(graph.logits, inputs.banned)
         sample, tokens = graph.sample[inputs.filtered]
+        if self.copied is not None:  # the tokens that this overwrites
+            torch.cuda.current_stream().wait_event(self.copied)
         sample.replay()
         return tokens[:count]
 
@@ -298,27 +312,27 @@ class ModelRunner:
         if self.graphs is not None:
             self.device_tables[:, : tables.shape[1]].index_copy_(0, slots, tables)  # what later decode steps read
         scores = None
+        wanted = np.searchsorted(inputs.query_start_loc[1:], inputs.sampled, side="right")  # rows that sample
         shape = self._prompt_shape(inputs)
         if shape is not None:
             assert self.prompt_graphs is not None
             self.prompts.fill(inputs, shape, tables)
             logits = self.prompt_graphs.run(shape)
-            rows = np.searchsorted(inputs.query_start_loc[1:], inputs.sampled, side="right")
-            logits = logits[: len(rows)] if len(rows) == len(inputs.seq_lens) else logits[self._put(rows)]
+            every = len(wanted) == len(inputs.seq_lens)
+            logits = logits[: len(wanted)] if every else logits[self._put(wanted)]
         else:
             hidden = self._hidden(inputs, slots, tables)
             if inputs.scored.size:
                 scores = self._score(hidden, self._put(inputs.scored))
-            if len(inputs.sampled) < len(hidden):
-                hidden = hidden[self._put(inputs.sampled)]
+                wanted = inputs.sampled
+            if len(wanted) < len(hidden):
+                hidden = hidden[self._put(wanted)]
             logits = self.model.own_logits(hidden) if len(hidden) else hidden
         if not len(inputs.sampled):
             return torch.empty(0, dtype=torch.int64), scores
         self._ban(logits, inputs.banned)
         sampled = self.sampler.put_rows(inputs.slots, inputs.new_positions)
-        tokens = self._sample(logits, sampled[0], sampled[1], inputs.filtered)
-        self.last_tokens[sampled[0]] = tokens.clamp(min=0)
-        return tokens, scores
+        return self._sample(logits, sampled[0], sampled[1], inputs.filtered), scores
 
     def _prompt_shape(self, inputs: TokenStep) -> PromptShape | None:
         """The bucket of the graph that can run a step: prompts alone, nothing scored."""
@@ -343,12 +357,10 @@ class ModelRunner:
             whole_prompts=whole,
         )
         self.backend.prepare(meta)
-        hidden = self.model(ids, positions, self.kv_caches, meta)
-        last = (meta.query_start_loc[1:] - 1).clamp(min=0)
-        return self.model.own_logits(hidden.index_select(0, last))
+        return self.model.own_logits(self.model(ids, positions, self.kv_caches, meta, last_only=True))
 
     def _hidden(self, inputs: TokenStep, slots: Tensor, tables: Tensor) -> Tensor:
-        """The model's hidden states of a step, launched kernel by kernel."""
+        """Hidden states of a step, launched kernel by kernel: of all tokens if any is scored, else each row's last."""
         meta = AttentionMetadata(
             query_start_loc=self._put(inputs.query_start_loc),
             seq_lens=self._put(inputs.seq_lens),
@@ -363,7 +375,8 @@ class ModelRunner:
         input_ids = self._put(inputs.prompt_ids.astype(np.int64))
         if inputs.num_decode:
             input_ids = torch.cat([self.last_tokens[slots[: inputs.num_decode]], input_ids])
-        hidden: Tensor = self.model(input_ids, self._put(inputs.positions), self.kv_caches, meta)
+        positions, last_only = self._put(inputs.positions), not inputs.scored.size
+        hidden: Tensor = self.model(input_ids, positions, self.kv_caches, meta, last_only=last_only)
         return hidden
 
     def _score(self, hidden: Tensor, scored: Tensor) -> Tensor:
@@ -377,13 +390,20 @@ class ModelRunner:
     def _to_host(self, batch: Batch, tokens: Tensor, scores: Tensor | None) -> InFlight:
         if not self.on_gpu or (scores is None and not len(tokens)):
             return InFlight(batch, tokens, None, scores)
-        on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        on_host.copy_(tokens, non_blocking=True)
-        if scores is not None:
-            scores = torch.empty(scores.shape, pin_memory=True).copy_(scores, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return InFlight(batch, on_host, event, scores)
+        # On a stream of its own, so that the next step does not wait for it.
+        self.copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copies):
+            tokens = self._copy(tokens) if len(tokens) else tokens
+            scores = None if scores is None else self._copy(scores)
+            event = torch.cuda.Event()
+            event.record()
+        self.copied = event
+        return InFlight(batch, tokens, event, scores)
+
+    def _copy(self, values: Tensor) -> Tensor:
+        """Enqueue a copy to pinned memory in the stream of copies."""
+        values.record_stream(self.copies)
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
     def _put(self, values: np.ndarray) -> Tensor:
         return put(values, self.torch_device)
@@ -417,7 +437,7 @@ class ModelRunner:
         hidden = num_tokens * self.model_config.hidden_size * self.torch_dtype.itemsize
         return kv_cache.MemoryUse(total, free, weights, max(prefill, decode + hidden), graphs)
 
-    def _dummy_step(self, lens: list[int], num_sampled: int) -> None:
+    def _dummy_step(self, lens: list[int], num_sampled: int, *, last_only: bool = False) -> None:
         size = self.block_size
         width = -(-max(lens) // size)
         shape = (width, size, self.num_kv_heads, self.model_config.head_dim)
@@ -436,10 +456,11 @@ class ModelRunner:
         ids = self._put(np.zeros(sum(lens), np.int64))
         positions = self._put(np.concatenate([np.arange(n) for n in lens]))
         caches = [(cache[0], cache[1])] * self.model_config.num_hidden_layers
-        hidden = self.model(ids, positions, caches, meta)
+        hidden = self.model(ids, positions, caches, meta, last_only=last_only)
         logits = self.model.compute_logits(hidden[:num_sampled])
         sampler = Sampler(num_sampled, self.torch_device)
-        sampler(logits, np.arange(num_sampled), np.zeros(num_sampled, np.int64))
+        last_tokens = self._put(np.zeros(num_sampled, np.int64))
+        sampler(logits, np.arange(num_sampled), np.zeros(num_sampled, np.int64), last_tokens=last_tokens)
         del logits
         num_scored = min(len(hidden), self.score_rows)
         self._score(hidden, self._put(np.stack([np.arange(num_scored), np.zeros(num_scored, np.int64)])))
@@ -453,6 +474,7 @@ class ModelRunner:
                 for num_tokens in _PROMPT_SIZES:
                     if num_tokens <= most:
                         self._dummy_step([num_tokens], 1)
+                        self._dummy_step([num_tokens], 1, last_only=True)
         except torch.OutOfMemoryError:  # who has set the cache's size may have left no room; steps will say so
             if self.group.size > 1:
                 raise  # the other ranks are in the middle of this step

@@ -1,6 +1,7 @@
-"""The two ends of a decode step on the device: from slots to a step's inputs, and from sampled tokens back to slots.
+"""The start of a decode step on the device: from slots to the step's inputs.
 
-They keep the host out of a decode step: it names each row's slot, position and newest block, and nothing else.
+It keeps the host out of a decode step, which names each row's slot, position and newest block, and nothing else. The
+tokens fed are those that sampling left with the slots (``sample_rows``).
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def decode_inputs(rows: Tensor, block_tables: Tensor, last_tokens: Tensor, out: 
 
     rows: int32 [num_rows, 3], each (slot, position of the token to feed, block that its key and value go to); slot -1:
     padding; block -1: they are not stored. block_tables: int32 [num_slots, max_blocks], by slot; the row's block is
-    entered at its place first.
+    entered at its place first. Positions are advanced by one: rows are then right for the next token, if it goes into
+    the same block.
     last_tokens: int64 [num_slots], the token to feed.
     """
     if rows.is_cuda:
@@ -72,6 +74,8 @@ def decode_inputs_reference(
         used = slot >= 0
         index = position // block_size
         out.slots[row] = slot
+        if used:
+            rows[row, 1] = position + 1
         out.input_ids[row] = last_tokens[slot] if used else 0
         out.positions[row] = position if used else 0
         out.next_positions[row] = position + 1 if used else 0
@@ -81,18 +85,3 @@ def decode_inputs_reference(
             if block >= 0:
                 block_tables[slot, index] = block
             out.block_table[row, : index + 1] = block_tables[slot, : index + 1]
-
-
-def store_tokens(tokens: Tensor, slots: Tensor, last_tokens: Tensor) -> None:
-    """last_tokens[slots[i]] = max(tokens[i], 0), rows with slot -1 left out; all int64. -1: logits not numbers."""
-    if tokens.is_cuda:
-        from nanovllm_bento.kernels.decode_inputs_triton import launch_store_tokens
-
-        launch_store_tokens(tokens, slots, last_tokens)
-    else:
-        store_tokens_reference(tokens, slots, last_tokens)
-
-
-def store_tokens_reference(tokens: Tensor, slots: Tensor, last_tokens: Tensor) -> None:
-    used = slots >= 0
-    last_tokens[slots[used]] = tokens[used].clamp(min=0)

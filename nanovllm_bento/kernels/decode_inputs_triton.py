@@ -45,6 +45,7 @@ def _decode_inputs(
     tl.store(positions + row, tl.where(used, position, 0).to(tl.int64))
     tl.store(next_positions + row, tl.where(used, position + 1, 0).to(tl.int64))
     tl.store(seq_lens + row, tl.where(used, position + 1, 0))
+    tl.store(rows + row * 3 + 1, position + 1, mask=used)
     where = block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE
     stores = used & (block >= 0)
     tl.store(slot_mapping + row, tl.where(stores, where, -1))
@@ -56,18 +57,6 @@ def _decode_inputs(
         ids = tl.load(block_tables + slot * tables_stride + entries, mask=mask, other=0)
         ids = tl.where((entries == index) & stores, block, ids)  # whether or not the store above is seen yet
         tl.store(block_table + row.to(tl.int64) * table_stride + entries, ids, mask=mask)
-
-
-@triton.jit
-def _store_tokens(tokens, slots, last_tokens, num_rows, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = rows < num_rows
-    slot = tl.load(slots + rows, mask=mask, other=-1)
-    token = tl.load(tokens + rows, mask=mask, other=0)
-    tl.store(last_tokens + slot, tl.maximum(token, 0), mask=slot >= 0)
 
 
 def launch_decode_inputs(
@@ -92,12 +81,4 @@ def launch_decode_inputs(
         PDL=pdl,
         num_warps=1,
         launch_pdl=pdl,
-    )
-
-
-def launch_store_tokens(tokens: Tensor, slots: Tensor, last_tokens: Tensor) -> None:
-    pdl = use_pdl(tokens.device)
-    num_rows = tokens.shape[0]
-    _store_tokens[(triton.cdiv(num_rows, 128),)](
-        tokens, slots, last_tokens, num_rows, BLOCK=128, PDL=pdl, num_warps=1, launch_pdl=pdl
     )

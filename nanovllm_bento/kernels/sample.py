@@ -151,23 +151,32 @@ def sample_rows(
     *,
     filtered: bool,
     out: torch.Tensor | None = None,
+    last_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token per row: int64 [n], as ``sample_reference``; 0 in padding rows. A CUDA graph can hold it.
 
     logits: bf16, fp16 or float32 [n, vocab], rows contiguous. slot_params: int32 [max_num_seqs, 8] (``slot_words``).
     slots: int32 or int64 [n], negative for a padding row. positions: int64 [n], the new token's place in its sequence.
     filtered: whether any row may ask for top-k, top-p or min-p; else they are ignored. out: for the result.
+    last_tokens: int64 [max_num_seqs]; each row's token also goes there, to its slot: 0 for -1, nothing of padding rows.
     """
     if logits.device.type == "cpu":
         tokens = sample_rows_reference(logits, slot_params, slots, positions)
+        store_last_tokens_reference(tokens, slots, last_tokens)
         return tokens if out is None else out.copy_(tokens)
     from nanovllm_bento.kernels import sample_triton
 
     if out is None:
         out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     return sample_triton.sample_rows(
-        logits, slot_params, slots, positions, out, filtered=filtered, pdl=use_pdl(logits.device)
+        logits, slot_params, slots, positions, out, last_tokens, filtered=filtered, pdl=use_pdl(logits.device)
     )
+
+
+def store_last_tokens_reference(tokens: torch.Tensor, slots: torch.Tensor, last_tokens: torch.Tensor | None) -> None:
+    if last_tokens is not None:
+        used = slots >= 0
+        last_tokens[slots[used].long()] = tokens[used].clamp(min=0)
 
 
 def sample_shards(
@@ -179,6 +188,8 @@ def sample_shards(
     positions: torch.Tensor,
     gather: Callable[[torch.Tensor], torch.Tensor],
     ranks: int,
+    last_tokens: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``sample_rows`` without filters where each rank has a shard of the vocabulary: nothing but the best of each is
     exchanged, since the largest noisy logit is the largest of the shards'. A CUDA graph can hold it.
@@ -190,11 +201,14 @@ def sample_shards(
     n = len(best)
     best = join_shards(gather(best.view(n, -1)), ranks)
     if logits.device.type == "cpu":
-        return choose_among_reference(best).masked_fill(slots < 0, 0)
+        tokens = choose_among_reference(best).masked_fill(slots < 0, 0)
+        store_last_tokens_reference(tokens, slots, last_tokens)
+        return tokens if out is None else out.copy_(tokens)
     from nanovllm_bento.kernels import sample_triton
 
-    out = torch.empty(n, dtype=torch.int64, device=logits.device)
-    return sample_triton.choose_among(best, slot_params, slots, out, pdl=use_pdl(logits.device))
+    if out is None:
+        out = torch.empty(n, dtype=torch.int64, device=logits.device)
+    return sample_triton.choose_among(best, slot_params, slots, out, last_tokens, pdl=use_pdl(logits.device))
 
 
 def best_of_shard(

@@ -3,7 +3,8 @@
 
 Two kernels. `_scan` reads the logits once, a row shared by several programs. For a row without filters each program
 hands on the best of logit / temperature + noise in its part; for a row with filters the part's largest logit, its mass,
-and the largest logit of every 64 entries. `_choose`, a program a row, ends the plain rows with a reduction.
+and the largest logit of every 64 entries. `_choose`, a program a row, ends the plain rows with a reduction; what it
+chooses it also leaves with the row's slot, for the next step to feed.
 
 A row with filters it narrows first. A bound is found (by bisection) that at least top_k of the groups' maxima reach; so
 at least top_k entries do, and entries below it cannot be among the top_k. The entries that reach it, mostly a few more
@@ -349,6 +350,7 @@ def _choose(
     group_max_ptr,
     lists_ptr,
     out_ptr,
+    last_tokens_ptr,  # None: not wanted
     row_stride,
     splits,
     width,
@@ -421,6 +423,8 @@ def _choose(
                             FAST,
                         )
     tl.store(out_ptr + row, token.to(tl.int64))
+    if last_tokens_ptr is not None:
+        tl.store(last_tokens_ptr + slot, tl.maximum(token, 0).to(tl.int64), mask=slot >= 0)
 
 
 def sample_rows(
@@ -429,6 +433,7 @@ def sample_rows(
     slots: Tensor,
     positions: Tensor,
     out: Tensor,
+    last_tokens: Tensor | None = None,
     *,
     filtered: bool,
     pdl: bool,
@@ -465,6 +470,7 @@ def sample_rows(
         partial if group_max is None else group_max,
         lists,
         out,
+        last_tokens,
         logits.stride(0),
         splits,
         splits,
@@ -549,7 +555,9 @@ def scan_shard(
     return _launch_scan(rows, None, int(MAX_SPLITS) // ranks, pdl, fast, block, num_warps, programs)
 
 
-def choose_among(best: Tensor, slot_params: Tensor, slots: Tensor, out: Tensor, *, pdl: bool) -> Tensor:
+def choose_among(
+    best: Tensor, slot_params: Tensor, slots: Tensor, out: Tensor, last_tokens: Tensor | None = None, *, pdl: bool
+) -> Tensor:
     """The tokens of the best scores: best as ``scan_shard`` returns it, of all shards together."""
     n, _, splits = best.shape
     assert splits <= int(MAX_SPLITS) and best.is_contiguous()
@@ -562,6 +570,7 @@ def choose_among(best: Tensor, slot_params: Tensor, slots: Tensor, out: Tensor, 
         best,
         best,
         out,
+        last_tokens,
         0,
         splits,
         splits,

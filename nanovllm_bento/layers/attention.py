@@ -12,6 +12,7 @@ from nanovllm_bento.kernels.attention.base import (
     FusingBackend,
     WholePromptBackend,
 )
+from nanovllm_bento.kernels.few_rows import FewRows
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, qk_norm_rope_store
 from nanovllm_bento.layers.linear import MergedLinear
 from nanovllm_bento.layers.norm import RMSNorm
@@ -64,11 +65,35 @@ class Attention(nn.Module):
         out: Tensor = self.out(self.attend(self.qkv(x), step, kv_cache, meta))
         return out
 
-    def forward_skinny(
-        self, x: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
+    def forward_by(
+        self,
+        products: FewRows,
+        x: Tensor,
+        step: RopeStoreStep,
+        kv_cache: tuple[Tensor, Tensor],
+        meta: AttentionMetadata,
     ) -> Tensor:
-        """``forward`` for a handful of tokens on a GPU (``skinny.supports``)."""
-        return self.out.forward_skinny(self.attend(self.qkv.forward_skinny(x), step, kv_cache, meta))
+        """``forward`` for a decode step; returns what ``MergedLinear.parts_by`` does."""
+        return self.out.parts_by(products, self.attend(self.qkv.forward_by(products, x), step, kv_cache, meta))
+
+    def forward_last(
+        self,
+        x: Tensor,
+        step: RopeStoreStep,
+        kv_cache: tuple[Tensor, Tensor],
+        last: Tensor,
+        meta: AttentionMetadata,
+    ) -> Tensor:
+        """``forward``'s output of tokens ``last`` alone, [len(last), hidden_size]; keys and values of all are written.
+
+        last, meta: what ``AttentionMetadata.last_tokens`` makes of the step's metadata.
+        """
+        assert self.backend is not None, "set_attention_backend comes first"
+        norm, scales = (self.head_norm_weight, self.eps), (self.k_scale, self.v_scale)
+        q = qk_norm_rope_store(self.qkv(x), step, *kv_cache, self.num_heads, *norm, *scales)
+        attended = self.backend.forward(q.index_select(0, last), *kv_cache, meta, self.scale, *scales)
+        out: Tensor = self.out(attended.flatten(1))
+        return out
 
     def attend(
         self, qkv: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
 from nanovllm_bento.kernels import skinny
+from nanovllm_bento.kernels.embedding import embedding
 from nanovllm_bento.kernels.linear import linear, pack_weight
 from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
 from nanovllm_bento.layers.weight_spec import WeightSpec, meta_parameter, split, whole
@@ -27,8 +27,8 @@ class TokenEmbedding(nn.Module):
         """input_ids: int64 [num_tokens] -> [num_tokens, hidden_size]."""
         if self.group.size == 1:
             return embedding(input_ids, self.weight)
-        rows = (input_ids - (self.shard.start - 1)).clamp_(0, self.shard.length + 1)  # other ranks' ids: zeros
-        return self.group.all_reduce(embedding(rows, self.weight))
+        rows = embedding(input_ids, self.weight, self.shard.start - self.margin)  # other ranks' ids: zeros
+        return self.group.all_reduce(rows)
 
     @property
     def rows(self) -> Tensor:

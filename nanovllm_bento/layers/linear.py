@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from nanovllm_bento.kernels import skinny
+from nanovllm_bento.kernels.few_rows import FewRows
 from nanovllm_bento.kernels.linear import linear, pack_weight
 from nanovllm_bento.layers.weight_spec import Shard, WeightSpec, meta_parameter, whole
 
@@ -38,10 +38,15 @@ class MergedLinear(nn.Module):
         """x: [num_tokens, in_features] -> [num_tokens, out_features]."""
         return linear(x, self.weight, self.bias, self.packed, batch_invariant=self.batch_invariant)
 
-    def forward_skinny(self, x: Tensor) -> Tensor:
-        """The same for a handful of tokens on a GPU (``skinny.supports``)."""
+    def forward_by(self, products: FewRows, x: Tensor) -> Tensor:
+        """The same for a decode step on a GPU that ``products`` supports."""
         assert self.weight is not None
-        return skinny.linear(x, self.weight, self.bias)
+        return products.linear(x, self.weight, self.bias)
+
+    def parts_by(self, products: FewRows, x: Tensor) -> Tensor:
+        """The same, or float32 [n, num_tokens, out_features], whose sum it is: what RMSNorm takes as its input."""
+        assert self.weight is not None
+        return products.linear_parts(x, self.weight, self.bias)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         row = 0

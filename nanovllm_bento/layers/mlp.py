@@ -1,9 +1,10 @@
-"""What every MLP of a decoder layer has: a plain forward, and forms of it for the few rows of a small decode step."""
+"""What every MLP of a decoder layer has: a plain forward, and forms of it for the few rows of a decode step."""
 
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from nanovllm_bento.kernels.few_rows import FewRows
 from nanovllm_bento.layers.norm import RMSNorm
 from nanovllm_bento.layers.weight_spec import WeightSpec
 
@@ -11,7 +12,7 @@ from nanovllm_bento.layers.weight_spec import WeightSpec
 class MLP(nn.Module):
     """A subclass gives ``forward`` (x: [num_tokens, hidden_size] -> this rank's partial sum of the same shape).
 
-    It may give faster forms of the two below, which are called where ``skinny.supports`` the step.
+    It may give faster forms of the two below, which are called for decode steps that ``few_rows`` has kernels for.
     """
 
     def forward_fused(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
@@ -19,8 +20,8 @@ class MLP(nn.Module):
         x, residual = norm(hidden, None)
         return residual.add_(self(x))
 
-    def forward_skinny(self, x: Tensor) -> Tensor:
-        """``forward``, in a group of several ranks, where the norm must come after the sum over all of them."""
+    def forward_by(self, products: FewRows, x: Tensor) -> Tensor:
+        """``forward``; what is returned may be parts of the sum, as ``MergedLinear.parts_by`` gives them."""
         out: Tensor = self(x)
         return out
 

@@ -85,7 +85,7 @@ class MoEMLP(MLP):
     def _experts(self, x: Tensor, residual: Tensor | None) -> Tensor:
         invariant = self.batch_invariant
         if not invariant and skinny.supports(len(x), x.dtype, x.device, self.hidden.size):
-            logits = self.router.forward_skinny(x)
+            logits = self.router.forward_by(skinny, x)
         else:
             logits = self.router(x)
         weights, ids = route(logits, self.top_k, renormalize=self.renormalize)

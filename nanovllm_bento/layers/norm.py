@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nanovllm_bento.kernels.norm import rms_norm
+from nanovllm_bento.kernels.norm import rms_norm, sum_add_rms_norm
 from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
 from nanovllm_bento.layers.weight_spec import WeightSpec, meta_parameter
 
@@ -23,10 +23,13 @@ class RMSNorm(nn.Module):
         """Without a residual: normalises x, which is the residual from then on.
 
         With one: x is a partial sum of each rank of the group, as a row-parallel product leaves it; their sum with the
-        residual is the new one and is normalised. x and residual may be overwritten.
+        residual is the new one and is normalised. x and residual may be overwritten. In a group of one x may be the
+        parts of a sum, [n, num_tokens, size].
         """
         if residual is None:
             return rms_norm(x, self.weight, self.eps), x
+        if x.dim() > residual.dim():
+            return sum_add_rms_norm(x, residual, self.weight, self.eps)
         return self.group.all_reduce_add_rms_norm(x, residual, self.weight, self.eps)
 
     def weight_specs(self, name: str) -> Iterator[WeightSpec]:

@@ -69,11 +69,26 @@ class Sampler:
         slots: torch.Tensor,
         positions: torch.Tensor,
         group: ParallelGroup,
+        last_tokens: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One token per row, without filters, from the ranks' shards of the logits; ``vocab``: this rank's tokens."""
+        """One token per row, without filters, from the ranks' shards of the logits; ``vocab``: this rank's tokens.
+
+        last_tokens, out: as ``sample_rows``.
+        """
         start, stop = vocab
-        gather = group.all_gather
-        return sample_shards(logits, stop - start, start, self.slot_params, slots, positions, gather, group.size)
+        return sample_shards(
+            logits,
+            stop - start,
+            start,
+            self.slot_params,
+            slots,
+            positions,
+            group.all_gather,
+            group.size,
+            last_tokens,
+            out,
+        )
 
     def sample_device(
         self,
@@ -81,23 +96,31 @@ class Sampler:
         slots: torch.Tensor,
         positions: torch.Tensor,
         filtered: bool,
+        last_tokens: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One token per row by the device's parameters, as ``sample_rows``. A CUDA graph can hold it."""
-        return sample_rows(logits, self.slot_params, slots, positions, filtered=filtered, out=out)
+        where = {"last_tokens": last_tokens, "out": out}
+        return sample_rows(logits, self.slot_params, slots, positions, filtered=filtered, **where)
 
     def __call__(
-        self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray, banned: np.ndarray = _NOTHING
+        self,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        banned: np.ndarray = _NOTHING,
+        last_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sample one token per row: int64 [n] on the logits' device; -1 where the logits are not numbers.
 
         logits: [n, vocab], contiguous, changed in place. slots: int [n]. positions: int [n], the place of the new token
-        in its sequence. banned: as ``ban``. What ``set_slot`` changed is applied first.
+        in its sequence. banned: as ``ban``. last_tokens: as ``sample_rows``.
+        What ``set_slot`` changed is applied first.
         """
         self.apply(self.take_changes())
         self.ban(logits, banned)
         rows = self.put_rows(slots, positions)
-        return self.sample_device(logits, rows[0], rows[1], self.needs_filter(slots))
+        return self.sample_device(logits, rows[0], rows[1], self.needs_filter(slots), last_tokens)
 
     def put_rows(self, slots: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """int64 [2, n] on the device."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata
+from nanovllm_bento.kernels.few_rows import FewRows, choose_products
 from nanovllm_bento.kernels.norm import rms_norm
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, make_step
 from nanovllm_bento.layers.attention import Attention
@@ -47,9 +48,9 @@ class GatedMLP(MLP):
         x = skinny.norm_gate_up(hidden, norm.weight, norm.eps, self.gate_up.weight)
         return skinny.linear_add(x, self.down.weight, None, hidden)
 
-    def forward_skinny(self, x: Tensor) -> Tensor:
+    def forward_by(self, products: FewRows, x: Tensor) -> Tensor:
         assert self.gate_up.weight is not None
-        return self.down.forward_skinny(skinny.gate_up(x, self.gate_up.weight))
+        return self.down.parts_by(products, products.gate_up(x, self.gate_up.weight))
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         yield from self.gate_up.weight_specs(prefix)
@@ -100,19 +101,35 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_attention_norm(x, residual)
         return self.mlp(x), residual
 
-    def forward_skinny(
+    def forward_last(
         self,
+        x: Tensor,
+        residual: Tensor | None,
+        step: RopeStoreStep,
+        kv_cache: tuple[Tensor, Tensor],
+        last: Tensor,
+        meta: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` of the last layer, where only tokens ``last`` are wanted (see ``Attention.forward_last``)."""
+        x, residual = self.input_norm(x, residual)
+        x = self.attention.forward_last(x, step, kv_cache, last, meta)
+        x, residual = self.post_attention_norm(x, residual.index_select(0, last))
+        return self.mlp(x), residual
+
+    def forward_by(
+        self,
+        products: FewRows,
         x: Tensor,
         residual: Tensor | None,
         step: RopeStoreStep,
         kv_cache: tuple[Tensor, Tensor],
         meta: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
-        """``forward`` for a handful of tokens in a group of several ranks."""
+        """``forward`` for a decode step. In a group of one, x and what is returned may be parts of the sum."""
         x, residual = self.input_norm(x, residual)
-        x = self.attention.forward_skinny(x, step, kv_cache, meta)
+        x = self.attention.forward_by(products, x, step, kv_cache, meta)
         x, residual = self.post_attention_norm(x, residual)
-        return self.mlp.forward_skinny(x), residual
+        return self.mlp.forward_by(products, x), residual
 
     def forward_fused(
         self, hidden: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
@@ -196,24 +213,41 @@ class DecoderForCausalLM(nn.Module):
         positions: Tensor,
         kv_caches: Sequence[tuple[Tensor, Tensor]],
         meta: AttentionMetadata,
+        *,
+        last_only: bool = False,
     ) -> Tensor:
         """input_ids, positions: int64 [num_tokens]; kv_caches: (k_cache, v_cache) of each layer, initialised finite.
 
-        Returns hidden states after the final norm, [num_tokens, hidden_size]. Call it under torch.inference_mode().
+        Returns hidden states after the final norm, [num_tokens, hidden_size]; with last_only those of each row's last
+        token, [num_rows, hidden_size], and the last layer then computes little else. Call it under
+        torch.inference_mode().
         """
         step = make_step(self.rotary.table, positions, meta.slot_mapping)
-        few = self.fusable and skinny.supports(len(input_ids), self.dtype, input_ids.device, self.config.hidden_size)
-        if few and self.group.size == 1:
+        products = None
+        if self.fusable:
+            shape = len(input_ids), self.dtype, input_ids.device, self.config.hidden_size
+            products = choose_products(*shape, ranks=self.group.size)
+        layers = self._layers
+        last_only &= meta.has_prefill_rows  # decode rows have no other tokens
+        if products is skinny and self.group.size == 1:
             hidden = self.embed(input_ids)
-            for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
+            for layer, kv_cache in zip(layers, kv_caches, strict=True):
                 hidden = layer.forward_fused(hidden, step, kv_cache, meta)
-            return rms_norm(hidden, self.norm.weight, self.norm.eps)
+            normed = rms_norm(hidden, self.norm.weight, self.norm.eps)
+            return normed.index_select(0, meta.last_tokens()[0]) if last_only else normed
+        assert self.attention_backend is not None, "set_attention_backend comes first"
         x, residual = self.embed(input_ids), None
-        for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
-            forward = layer.forward_skinny if few else layer
-            x, residual = forward(x, residual, step, kv_cache, meta)
-        normed: Tensor = self.norm(x, residual)[0]
-        return normed
+        for layer, kv_cache in zip(layers, kv_caches, strict=True):
+            if last_only and layer is layers[-1]:
+                last, meta = meta.last_tokens()
+                self.attention_backend.prepare(meta)
+                x, residual = layer.forward_last(x, residual, step, kv_cache, last, meta)
+            elif products is None:
+                x, residual = layer(x, residual, step, kv_cache, meta)
+            else:
+                x, residual = layer.forward_by(products, x, residual, step, kv_cache, meta)
+        out: Tensor = self.norm(x, residual)[0]
+        return out
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden_size] -> [rows, vocab_size], on all ranks; float32 on a CPU, else the model's dtype."""

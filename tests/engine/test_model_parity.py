@@ -42,8 +42,10 @@ class Runner:
         shape = (len(order), BLOCK_SIZE, self.config.num_key_value_heads, self.config.head_dim)
         self.caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(self.config.num_hidden_layers)]
 
-    def step(self, rows: list[tuple[int, list[int], int]], num_decode: int = 0) -> list[torch.Tensor]:
-        """rows: (sequence, tokens, position of the first). Returns the logits of each row's tokens."""
+    def step(
+        self, rows: list[tuple[int, list[int], int]], num_decode: int = 0, *, last_only: bool = False
+    ) -> list[torch.Tensor]:
+        """rows: (sequence, tokens, position of the first). Returns the logits of each row's tokens, or of its last."""
         bounds = [0, *accumulate(len(tokens) for _, tokens, _ in rows)]
         positions = torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in rows])
         owners = torch.cat([torch.full((len(tokens),), seq) for seq, tokens, _ in rows])
@@ -61,7 +63,10 @@ class Runner:
         with torch.inference_mode():
             self.backend.prepare(meta)
             ids = torch.tensor([token for _, tokens, _ in rows for token in tokens])
-            logits = self.model.compute_logits(self.model(ids, positions, self.caches, meta))
+            hidden = self.model(ids, positions, self.caches, meta, last_only=last_only)
+            logits = self.model.compute_logits(hidden)
+        if last_only:
+            return list(logits.split(1))
         return [logits[a:b] for a, b in pairwise(bounds)]
 
 
@@ -113,6 +118,23 @@ def test_decode_and_prefill_rows_in_one_step_do_not_touch_each_other(qwen3: tupl
     for (_, tokens, start), logits in zip(rows, found, strict=True):
         whole = tokens if start == 0 else PROMPT[:start] + tokens
         assert_close(logits, reference_logits(reference, whole)[-len(tokens) :])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_tokens_alone_equal_those_of_the_whole_step(family: str, tmp_path: Path) -> None:
+    """Decode rows, a prompt, a prompt's second chunk; and the keys and values that the step leaves are the same."""
+    folder = make_tiny(family, tmp_path)
+    runners = Runner(folder, num_seqs=4), Runner(folder, num_seqs=4)
+    rows = [(0, [100], 9), (1, [101], 20), (2, PROMPT[5:25], 0), (3, PROMPT[18:], 18)]
+    found = []
+    for runner, last_only in zip(runners, (False, True), strict=True):
+        runner.step([(seq, PROMPT[:n], 0) for seq, n in ((0, 9), (1, 20), (3, 18))], last_only=last_only)
+        found.append(runner.step(rows, num_decode=2, last_only=last_only))
+    for whole, last in zip(*found, strict=True):
+        assert_close(last, whole[-1:])
+    for caches in zip(runners[0].caches, runners[1].caches, strict=True):
+        for whole, last in zip(*caches, strict=True):
+            torch.testing.assert_close(last, whole)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "mixtral"])

@@ -15,11 +15,13 @@ from nanovllm_bento.kernels.sample import (
     noise,
     philox,
     sample_reference,
+    sample_rows,
+    sample_shards,
     seed_to_int64,
 )
 from nanovllm_bento.layers.sampler import Sampler
 from nanovllm_bento.sampling_params import SamplingParams
-from tests.kernels.sample_checks import by_shards, check_shards
+from tests.kernels.sample_checks import by_shards, check_last_tokens, check_shards
 
 
 def draw(logits: torch.Tensor, n: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=None):
@@ -170,7 +172,22 @@ def test_a_slots_new_parameters_count_from_the_next_step_and_padding_rows_give_0
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_shards_of_the_vocabulary_give_the_tokens_of_all_of_it(ranks):
-    def choose(best, slot_params, slots, out):
+    def choose(best, slot_params, slots, out, last_tokens):
         return out.copy_(choose_among_reference(best).masked_fill(slots < 0, 0))
 
     check_shards(by_shards(best_of_shard, choose, ranks), torch.device("cpu"), 203)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_tokens_are_also_left_with_their_slots(filtered):
+    check_last_tokens(sample_rows, torch.device("cpu"), 203, filtered=filtered)
+
+
+def test_tokens_of_shards_are_also_left_with_their_slots():
+    def launch(logits, slot_params, slots, positions, *, filtered, last_tokens):
+        alone = 1  # what gather brings together is one rank's
+        return sample_shards(
+            logits, logits.shape[1], 0, slot_params, slots, positions, lambda best: best, alone, last_tokens
+        )
+
+    check_last_tokens(launch, torch.device("cpu"), 203, filtered=False)

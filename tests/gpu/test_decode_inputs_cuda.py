@@ -1,14 +1,10 @@
 import pytest
 import torch
 
-from nanovllm_bento.kernels.decode_inputs import decode_inputs, store_tokens
-from tests.kernels.decode_inputs_checks import check_decode_inputs, check_store_tokens
+from nanovllm_bento.kernels.decode_inputs import decode_inputs
+from tests.kernels.decode_inputs_checks import check_decode_inputs
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 256])
 def test_decode_inputs_equal_the_reference(block_size: int) -> None:
     check_decode_inputs(decode_inputs, torch.device("cuda"), block_size)
-
-
-def test_tokens_are_stored_by_slot() -> None:
-    check_store_tokens(store_tokens, torch.device("cuda"))

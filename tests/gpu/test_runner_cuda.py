@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine import kv_cache
@@ -39,11 +40,11 @@ def test_a_replayed_step_equals_the_eager_one_bit_for_bit(tiny, count, kv_cache_
         core.step()
     torch.cuda.synchronize()
     graph = runner.graphs[runner.graphs.find(count)]
-    before = runner.last_tokens.clone()
-    graph.forward.replay()  # the last step once more, on the inputs that still lie there
+    rows = runner.static_rows.clone()
+    graph.forward.replay()  # one step more, on what the last one has left there
     replayed = graph.logits.clone()
     graph.logits.fill_(torch.nan)
-    runner.last_tokens.copy_(before)
+    runner.static_rows.copy_(rows)
     with torch.inference_mode():
         eager = runner._decode_logits(graph.size)
     assert torch.isfinite(replayed[:count]).all()
@@ -51,8 +52,10 @@ def test_a_replayed_step_equals_the_eager_one_bit_for_bit(tiny, count, kv_cache_
     for filtered in (False, True):
         sample, tokens = graph.sample[filtered]
         sample.replay()
+        replayed_tokens = tokens.clone()
+        tokens.fill_(-7)
         with torch.inference_mode():
-            assert torch.equal(runner._decode_tokens(eager, filtered), tokens)
+            assert torch.equal(runner._decode_tokens(eager, filtered), replayed_tokens)
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}])
@@ -138,6 +141,20 @@ def test_the_step_loop_never_waits_for_the_device(tiny, mode):
     assert not core.has_work
 
 
+@pytest.mark.parametrize("eager", [False, True])
+def test_traffic_finds_the_sampler_and_the_embedding_compiled(tmp_path, eager, monkeypatch):
+    sizes = {"vocab_size": 1000 + 8 * eager, "hidden_size": 192 + 64 * eager}  # of which no other test has kernels
+    core = engine(make_tiny("qwen3", tmp_path, head_dim=64, **sizes), enforce_eager=eager)
+    asked_for = set()
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **found: asked_for.add(found["src"].name))
+    start(core, 5, temperature=0.7)
+    run(core)
+    if not eager:
+        start(core, 5, temperature=0.7, top_p=0.9)
+        run(core)
+    assert not asked_for & {"_scan", "_choose", "_embedding_kernel"}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_fully_cached_prompt_runs_in_the_decode_graph_with_the_same_tokens(tiny, dtype, monkeypatch):
     core = engine(tiny, dtype, batch_invariant=dtype == "bfloat16")
@@ -198,10 +215,10 @@ def test_no_memory_for_a_step_ends_its_requests_and_the_engine_goes_on(tiny, mon
         core.step()
     forward, failing = core.runner.model.forward, [True]
 
-    def out_of_memory(*args):
+    def out_of_memory(*args, **options):
         if failing[0] and len(args[0]) > 30:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(*args)
+        return forward(*args, **options)
 
     monkeypatch.setattr(core.runner.model, "forward", out_of_memory)
     add(core, "large", PROMPTS[2], 5, ignore_eos=True)

@@ -18,6 +18,7 @@ from tests.kernels.sample_checks import (
     by_shards,
     check,
     check_invalid_rows,
+    check_last_tokens,
     check_rows_without_filters_do_not_depend_on_the_variant,
     check_shards,
     p_value,
@@ -74,6 +75,16 @@ def test_rows_that_are_not_numbers_give_no_token() -> None:
         check_invalid_rows(sample_rows, CUDA, VOCAB, filtered=filtered)
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+def test_tokens_are_also_left_with_their_slots(filtered: bool) -> None:
+    check_last_tokens(sample_rows, CUDA, VOCAB, filtered=filtered)
+
+
+def test_tokens_of_shards_are_also_left_with_their_slots() -> None:
+    choose = partial(sample_triton.choose_among, pdl=use_pdl(CUDA))
+    check_last_tokens(by_shards(best_of_shard, choose, 2), CUDA, VOCAB, filtered=False)
+
+
 @pytest.mark.parametrize(
     "row", [{}, {"temperature": 0.5}, {"top_k": 10}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 30, "top_p": 0.7}]
 )
@@ -108,7 +119,8 @@ def test_a_graph_follows_its_buffers(filtered: bool) -> None:
     slots = torch.full((n,), -1, dtype=torch.int32, device=CUDA)
     positions = torch.zeros(n, dtype=torch.int64, device=CUDA)
     tokens = torch.empty(n, dtype=torch.int64, device=CUDA)
-    run = partial(sample_rows, logits, words, slots, positions, filtered=filtered, out=tokens)
+    last_tokens = torch.zeros(n, dtype=torch.int64, device=CUDA)
+    run = partial(sample_rows, logits, words, slots, positions, filtered=filtered, out=tokens, last_tokens=last_tokens)
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -124,7 +136,9 @@ def test_a_graph_follows_its_buffers(filtered: bool) -> None:
         ):
             buffer.copy_(values)
         tokens.fill_(-77)
+        last_tokens.fill_(-77)
         graph.replay()
+        assert torch.equal(last_tokens[slots], tokens)
         return out.copy_(tokens)
 
     shapes = shapes_of_logits(n, VOCAB, 6)
@@ -165,12 +179,14 @@ def test_a_step_of_the_sampler_never_waits_for_the_device() -> None:
 
 def test_any_number_of_rows_runs_the_same_kernels(monkeypatch) -> None:
     sampler = Sampler(16, CUDA)
+    last_tokens = torch.zeros(16, dtype=torch.int64, device=CUDA)
 
     def sample(rows: int) -> None:
         slots = np.arange(rows)
         for slot in slots:
             sampler.set_slot(int(slot), SamplingParams(temperature=0.7, top_k=20, top_p=0.95, seed=1))
-        sampler(torch.zeros(rows, VOCAB, dtype=torch.bfloat16, device=CUDA), slots, slots)
+        logits = torch.zeros(rows, VOCAB, dtype=torch.bfloat16, device=CUDA)
+        sampler(logits, slots, slots, last_tokens=last_tokens)
 
     sample(4)
     asked_for = []

@@ -13,6 +13,7 @@ from tests.kernels.sample_checks import (
     by_shards,
     check,
     check_invalid_rows,
+    check_last_tokens,
     check_rows_without_filters_do_not_depend_on_the_variant,
     check_shards,
     shapes_of_logits,
@@ -22,10 +23,13 @@ CPU = torch.device("cpu")
 VOCAB = 331  # 6 groups of 64, 3 tiles, the last of each cut short
 
 
-def launch(logits: torch.Tensor, *args: torch.Tensor, filtered: bool, out: Any = None, **config: Any) -> torch.Tensor:
+def launch(
+    logits: torch.Tensor, *args: torch.Tensor, filtered: bool, out: Any = None, last_tokens: Any = None, **config: Any
+) -> torch.Tensor:
     out = torch.full((len(logits),), -77) if out is None else out
     config = {"block": 128, "programs": 2 * len(logits), "choose_block": 256, "candidates": 128, "narrow": 2, **config}
-    return sample_triton.sample_rows(logits, *args, out, filtered=filtered, pdl=False, fast=False, **config)
+    args = (logits, *args, out, last_tokens)
+    return sample_triton.sample_rows(*args, filtered=filtered, pdl=False, fast=False, **config)
 
 
 @pytest.mark.parametrize("shape", ["flat", "peaked", "banned", "ties", "constant", "large"])
@@ -59,6 +63,17 @@ def test_both_ways_through_a_filtered_row_give_the_same_tokens() -> None:
 @pytest.mark.parametrize("filtered", [False, True])
 def test_rows_that_are_not_numbers_give_no_token(filtered: bool) -> None:
     check_invalid_rows(launch, CPU, 150, filtered=filtered)
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_tokens_are_also_left_with_their_slots(filtered: bool) -> None:
+    check_last_tokens(launch, CPU, 150, filtered=filtered)
+
+
+def test_tokens_of_shards_are_also_left_with_their_slots() -> None:
+    scan = partial(sample_triton.scan_shard, pdl=False, fast=False, block=64, programs=12)
+    shards = by_shards(scan, partial(sample_triton.choose_among, pdl=False), 2)
+    check_last_tokens(shards, CPU, 150, filtered=False)
 
 
 @pytest.mark.parametrize(("ranks", "block"), [(2, 64), (3, 64), (2, 256)])  # 256: a shard is read in one part

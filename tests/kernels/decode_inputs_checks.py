@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs_reference, store_tokens_reference
+from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs_reference
 
 NUM_SLOTS, MAX_BLOCKS = 12, 300
 
@@ -20,19 +20,14 @@ def check_decode_inputs(launch: Any, device: torch.device, block_size: int) -> N
     rows_tensor = torch.tensor(rows, dtype=torch.int32)
     wanted, found = (DecodeInputs.allocate(len(rows), MAX_BLOCKS, d) for d in (torch.device("cpu"), device))
     found_tables = tables.to(device, copy=True)
-    launch(rows_tensor.to(device), found_tables, last.to(device), found, block_size)
+    found_rows = rows_tensor.to(device, copy=True)
+    launch(found_rows, found_tables, last.to(device), found, block_size)
     decode_inputs_reference(rows_tensor, tables, last, wanted, block_size)
+    assert torch.equal(found_rows.cpu(), rows_tensor)
+    assert rows_tensor.tolist() == [[slot, position + (slot >= 0), block] for slot, position, block in rows]
     for name in ("input_ids", "positions", "seq_lens", "slot_mapping", "slots", "next_positions", "block_table"):
         assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
     assert torch.equal(found_tables.cpu(), tables)
     assert wanted.slot_mapping.tolist()[3] == 99 * block_size + longest % block_size
     assert wanted.seq_lens.tolist() == [1, block_size + 1, 0, longest + 1, block_size * 140 + 4, 0, block_size * 20 + 1]
     assert wanted.slot_mapping.tolist()[-1] == -1
-
-
-def check_store_tokens(launch: Any, device: torch.device) -> None:
-    tokens, slots = torch.tensor([4, -1, 9, 6]), torch.tensor([2, 0, -1, 11])
-    wanted, found = torch.full((NUM_SLOTS,), 77), torch.full((NUM_SLOTS,), 77, device=device)
-    store_tokens_reference(tokens, slots, wanted)
-    launch(tokens.to(device), slots.to(device), found)
-    assert found.tolist() == wanted.tolist() == [0, 77, 4, *[77] * 8, 6]

@@ -154,6 +154,27 @@ def check_invalid_rows(launch: Launch, device: torch.device, vocab_size: int, *,
         assert tokens[1:5].tolist() == [-1] * 4 and min(tokens[0], tokens[5]) >= 0
 
 
+def check_last_tokens(launch: Launch, device: torch.device, vocab_size: int, *, filtered: bool) -> None:
+    """Each row's token also goes to its slot, 0 where the logits are not numbers; nothing else is written."""
+    rows = [{"temperature": 0.0}, {"top_k": 5} if filtered else {}, {"temperature": 0.6}]
+    table = table_of([*rows, *rows])
+    logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(10))
+    logits[2, vocab_size // 2] = torch.nan
+    for dtype in (torch.int64, torch.int32):
+        slots = torch.tensor([4, -1, 0, 1, -1], dtype=dtype)
+        last_tokens = torch.full((6,), 77, device=device)
+        tokens = launch(
+            logits.to(device),
+            slot_words(table).to(device),
+            slots.to(device),
+            torch.arange(5).to(device),
+            filtered=filtered,
+            last_tokens=last_tokens,
+        ).tolist()
+        assert tokens[1:3] == [0, -1] and tokens[4] == 0 and min(tokens[0], tokens[3]) >= 0
+        assert last_tokens.tolist() == [0, tokens[3], 77, 77, tokens[0], 77]
+
+
 def check_rows_without_filters_do_not_depend_on_the_variant(
     launch: Launch, device: torch.device, logits: torch.Tensor
 ) -> None:
@@ -167,7 +188,9 @@ def by_shards(best_of_shard: Callable[..., torch.Tensor], choose: Callable[..., 
     best_of_shard, choose: as kernels.sample's best_of_shard and sample_triton's choose_among.
     """
 
-    def launch(logits, slot_params, slots, positions, *, filtered=False, out=None):  # type: ignore[no-untyped-def]
+    def launch(  # type: ignore[no-untyped-def]
+        logits, slot_params, slots, positions, *, filtered=False, out=None, last_tokens=None
+    ):
         n, vocab_size = logits.shape
         length = -(-vocab_size // (8 * ranks)) * 8
         parts = []
@@ -178,7 +201,7 @@ def by_shards(best_of_shard: Callable[..., torch.Tensor], choose: Callable[..., 
             ids = real.shape[1], min(first, vocab_size)
             parts.append(best_of_shard(shard, *ids, slot_params, slots, positions, ranks).view(n, -1))
         out = torch.full((n,), -77, device=logits.device) if out is None else out
-        return choose(join_shards(torch.cat(parts, dim=1), ranks), slot_params, slots, out)
+        return choose(join_shards(torch.cat(parts, dim=1), ranks), slot_params, slots, out, last_tokens)
 
     return launch
 

@@ -1,11 +1,11 @@
 """What every attention backend takes and promises."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, cast
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from nanovllm_bento.kernels.rope_store import RopeStoreStep
 
 
@@ -23,10 +23,10 @@ class AttentionMetadata:
     whole_prompts: there are no decode rows, and every row's query tokens are all it attends to.
     """
 
-    query_start_loc: "torch.Tensor"
-    seq_lens: "torch.Tensor"
-    block_table: "torch.Tensor"
-    slot_mapping: "torch.Tensor"
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
     max_query_len: int
     max_seq_len: int
     num_decode_rows: int
@@ -35,6 +35,21 @@ class AttentionMetadata:
     @property
     def has_prefill_rows(self) -> bool:
         return self.seq_lens.shape[0] > self.num_decode_rows
+
+    def last_tokens(self) -> "tuple[torch.Tensor, AttentionMetadata]":
+        """Each row's last token of the step, int32 [num_rows] (any of a row without tokens), and the metadata of these
+        alone, as prefill rows of one token whose key and value are in the cache."""
+        starts, ends = self.query_start_loc[:-1], self.query_start_loc[1:]
+        counts = (ends > starts).cumsum(0, dtype=torch.int32)
+        meta = replace(
+            self,
+            query_start_loc=torch.nn.functional.pad(counts, (1, 0)),
+            slot_mapping=self.slot_mapping.new_full((len(counts),), -1),
+            max_query_len=1,
+            num_decode_rows=0,
+            whole_prompts=False,
+        )
+        return (ends - 1).clamp(min=0), meta
 
 
 class AttentionBackend(Protocol):
@@ -59,14 +74,14 @@ class AttentionBackend(Protocol):
 
     def forward(
         self,
-        q: "torch.Tensor",
-        k_cache: "torch.Tensor",
-        v_cache: "torch.Tensor",
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
         meta: AttentionMetadata,
         scale: float,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
-    ) -> "torch.Tensor":
+    ) -> torch.Tensor:
         """q: [num_tokens, num_heads, head_dim]; keys and values of this step are in the cache already.
 
         A row's query token at position p attends to positions 0..p. The true key is k_cache * k_scale, the true value
@@ -79,27 +94,27 @@ class PhaseBackend(AttentionBackend, Protocol):
 
     def decode(
         self,
-        q: "torch.Tensor",
-        k_cache: "torch.Tensor",
-        v_cache: "torch.Tensor",
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
         meta: AttentionMetadata,
         scale: float,
         k_scale: float,
         v_scale: float,
-        out: "torch.Tensor",
+        out: torch.Tensor,
     ) -> None:
         """q, out: [num_tokens, num_heads, head_dim] of the whole step."""
 
     def prefill(
         self,
-        q: "torch.Tensor",
-        k_cache: "torch.Tensor",
-        v_cache: "torch.Tensor",
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
         meta: AttentionMetadata,
         scale: float,
         k_scale: float,
         v_scale: float,
-        out: "torch.Tensor",
+        out: torch.Tensor,
     ) -> None:
         """q, out: [num_tokens, num_heads, head_dim] of the whole step."""
 
@@ -109,18 +124,18 @@ class FusingBackend(AttentionBackend, Protocol):
 
     def decode_from_qkv(
         self,
-        qkv: "torch.Tensor",
+        qkv: torch.Tensor,
         step: "RopeStoreStep",
-        k_cache: "torch.Tensor",
-        v_cache: "torch.Tensor",
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
         meta: AttentionMetadata,
         scale: float,
         num_heads: int,
-        norm_weight: "torch.Tensor | None",
+        norm_weight: torch.Tensor | None,
         eps: float,
         k_scale: float,
         v_scale: float,
-    ) -> "torch.Tensor":
+    ) -> torch.Tensor:
         """qk_norm_rope_store (see there) and forward in one, for a meta without prefill rows.
 
         qkv: contiguous [num_rows, (num_heads + 2 * num_kv_heads) * head_dim]. A row's position is its seq_len - 1. Its
@@ -133,8 +148,8 @@ class WholePromptBackend(AttentionBackend, Protocol):
     """A backend that can take a step of whole prompts from its own keys and values, past the cache's pages."""
 
     def attend_whole_prompts(
-        self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", meta: AttentionMetadata, scale: float
-    ) -> "torch.Tensor":
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
         """``forward`` of a meta with whole_prompts. k, v: [num_tokens, num_kv_heads, head_dim], contiguous in the last
         dimension, as qk_norm_rope_store with ``keep`` leaves them. A NaN of one row may reach another row by v alone.
         """
@@ -160,14 +175,14 @@ class PhasedAttention:
 
     def forward(
         self,
-        q: "torch.Tensor",
-        k_cache: "torch.Tensor",
-        v_cache: "torch.Tensor",
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
         meta: AttentionMetadata,
         scale: float,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
-    ) -> "torch.Tensor":
+    ) -> torch.Tensor:
         if not meta.has_prefill_rows:
             return self._decode.forward(q, k_cache, v_cache, meta, scale, k_scale, v_scale)
         if not meta.num_decode_rows:
@@ -179,23 +194,23 @@ class PhasedAttention:
 
     def decode_from_qkv(
         self,
-        qkv: "torch.Tensor",
+        qkv: torch.Tensor,
         step: "RopeStoreStep",
-        k_cache: "torch.Tensor",
-        v_cache: "torch.Tensor",
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
         meta: AttentionMetadata,
         scale: float,
         num_heads: int,
-        norm_weight: "torch.Tensor | None",
+        norm_weight: torch.Tensor | None,
         eps: float,
         k_scale: float,
         v_scale: float,
-    ) -> "torch.Tensor":
+    ) -> torch.Tensor:
         return cast("FusingBackend", self._decode).decode_from_qkv(
             qkv, step, k_cache, v_cache, meta, scale, num_heads, norm_weight, eps, k_scale, v_scale
         )
 
     def attend_whole_prompts(
-        self, q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", meta: AttentionMetadata, scale: float
-    ) -> "torch.Tensor":
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttentionMetadata, scale: float
+    ) -> torch.Tensor:
         return cast("WholePromptBackend", self._prefill).attend_whole_prompts(q, k, v, meta, scale)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm_bento.kernels import split_k
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.kernels.attention.common_triton import LOG2E, dot_dtype, dot_precision
 from nanovllm_bento.kernels.launch import use_pdl
@@ -38,6 +39,9 @@ class DecodeConfig:
 
     prefetch: in fused use, keys and values of a program's first tile are called into the L2 cache before the queries
     are made, which a program that has its multiprocessor to itself would otherwise wait for.
+
+    late: the kernels that follow may start when the keys are read, not at once. They call their weights into the L2
+    cache, where the keys of many rows would drive them out again.
     """
 
     block_n: int = 64
@@ -48,6 +52,7 @@ class DecodeConfig:
     balance_splits: int = 4
     balance_chunk: int = 4096
     prefetch: bool = False
+    late: bool = False
 
 
 MAX_SPLITS = 128
@@ -77,7 +82,7 @@ def choose_config(
         config = DecodeConfig()
     else:
         config = DecodeConfig(block_n=32, num_warps=2, num_stages=3 if fp8 else 2)
-    return replace(config, block_n=config.block_n // 2) if wide else config
+    return replace(config, block_n=config.block_n // 2 if wide else config.block_n, late=num_rows >= split_k.MIN_ROWS)
 
 
 @cache
@@ -204,6 +209,7 @@ def paged_decode(
         PREFETCH=config.prefetch and new is not None and q.device.type == "cuda",
         COMBINE_BLOCK=max(1, min(16, 4096 // (padded_group * padded_dim))),
         COMBINE_GROUP=padded_group,
+        LATE=config.late,
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -356,16 +362,17 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
     PREFETCH: tl.constexpr,
     COMBINE_BLOCK: tl.constexpr,
     COMBINE_GROUP: tl.constexpr,
+    LATE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     row = tl.program_id(1)
     split = tl.program_id(2)
-    if PDL:
+    if PDL and not LATE:
         tl.extra.cuda.gdc_launch_dependents()
     # Before the wait for the kernel ahead: context lengths and block tables, which the step's first kernels wrote, and
-    # keys and values of earlier steps. All that is complete: a step begins with copies and with torch's own kernels
-    # (the embedding), which wait for everything before them, and this kernel cannot start before those have ended.
+    # keys and values of earlier steps. All that is complete: the embedding lets the kernels after it start only when
+    # everything before it has ended.
     length = tl.load(lens_ptr + row)
     chunk = length
     if SPLIT:
@@ -471,6 +478,8 @@ def paged_decode_kernel(  # type: ignore[no-untyped-def]
         else:
             acc = _add_values(acc * rescale[:, None], p, v, DOT_DTYPE, PRECISION)
         m = m_new
+    if PDL and LATE:
+        tl.extra.cuda.gdc_launch_dependents()
     if FP8:
         acc = tl.reshape(tl.join(acc, acc_odd), [GROUP_PAD, DIM_PAD])
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # zeros where a row has no keys
