@@ -8,6 +8,7 @@ from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine import kv_cache
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.errors import ConfigError
+from nanovllm_bento.kernels import split_k, split_k_triton
 from tests.engine.fake_runner import add, run
 from tests.engine.tiny_engines import run_all
 from tests.engine.tiny_models import make_tiny
@@ -56,6 +57,36 @@ def test_a_replayed_step_equals_the_eager_one_bit_for_bit(tiny, count, kv_cache_
         tokens.fill_(-7)
         with torch.inference_mode():
             assert torch.equal(runner._decode_tokens(eager, filtered), replayed_tokens)
+
+
+@pytest.fixture(scope="module")
+def as_wide_as_0_6b(tmp_path_factory):
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
+    return make_tiny("qwen3", tmp_path_factory.mktemp("wide"), head_dim=128, initializer_range=0.02, **sizes)
+
+
+@pytest.mark.parametrize("count", [20, 64, 100, 200])
+def test_products_in_parts_compute_the_model_of_whole_products(as_wide_as_0_6b, count, monkeypatch):
+    limits = {"max_num_seqs": 200, "max_num_batched_tokens": 2048, "num_gpu_blocks_override": 2000}
+    core = engine(as_wide_as_0_6b, **limits)
+    runner = core.runner
+    start(core, count)
+    while len(core.step()) < count:  # until all decode
+        pass
+    torch.cuda.synchronize()
+    size, rows = runner.graphs.find(count), runner.static_rows.clone()
+    launched, launch = [], split_k_triton.launch
+    monkeypatch.setattr(split_k_triton, "launch", lambda *args, **kwargs: launched.append(1) or launch(*args, **kwargs))
+    logits = []
+    for _ in range(2):
+        runner.static_rows.copy_(rows)
+        with torch.inference_mode():
+            logits.append(runner._decode_logits(size)[:count].double())
+        assert launched
+        monkeypatch.setattr(split_k, "supports", lambda *args: False)
+    assert len(launched) <= 4 * 2  # none in the second
+    parts, whole = logits
+    assert 0 < (parts - whole).norm() < 3e-2 * whole.norm()  # bfloat16 rounds in other places
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}])
