@@ -28,6 +28,7 @@ from benchmarks.skinny_tune import DEVICE, DTYPE, EPS, L2_BYTES, LAYERS, microse
 from nanovllm_bento.kernels import split_k
 from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.norm import add_rms_norm, sum_add_rms_norm
+from nanovllm_bento.kernels.skinny import is_gated
 from nanovllm_bento.kernels.split_k import Config
 
 # hidden, qkv out, o in, MLP
@@ -54,7 +55,7 @@ def products(model: str) -> list[Product]:
 
 def candidates(product: Product, rows: int) -> Iterator[Config]:
     operation, n, k = product
-    matrices = 2 if split_k.is_gated(operation) else 1
+    matrices = 2 if is_gated(operation) else 1
     few = rows <= 64
     splits = (1, 2, 3, 4, 6, 8, 12, 16) if operation == "linear_parts" else (1,)
     for block_m, block_n, block_k, count, stages, warps, prefetch in itertools.product(
@@ -80,7 +81,7 @@ def candidates(product: Product, rows: int) -> Iterator[Config]:
 
 def inputs(product: Product, rows: int, count: int) -> tuple[Tensor, list[Tensor]]:
     operation, n, k = product
-    shape = (2 * n if split_k.is_gated(operation) else n, k)
+    shape = (2 * n if is_gated(operation) else n, k)
     weights = [torch.empty(*shape, device=DEVICE, dtype=DTYPE).normal_(std=k**-0.5) for _ in range(count)]
     return torch.randn(rows, k, device=DEVICE).to(DTYPE), weights
 
@@ -88,7 +89,7 @@ def inputs(product: Product, rows: int, count: int) -> tuple[Tensor, list[Tensor
 def run(operation: str, x: Tensor, weight: Tensor, config: Config | None) -> Tensor:
     if config is None:
         y = F.linear(x, weight)
-        return silu_and_mul(y) if split_k.is_gated(operation) else y
+        return silu_and_mul(y) if is_gated(operation) else y
     if operation == "linear_parts" and config.splits > 1:
         return split_k.linear_parts(x, weight, None, config)
     return split_k.gate_up(x, weight, config) if operation == "gate_up" else split_k.linear(x, weight, None, config)
@@ -101,7 +102,7 @@ def compile_job(job: Job) -> str:
         x, (weight,) = inputs((operation, n, k), rows, 1)
         found = run(operation, x, weight, config).float()
         wanted = F.linear(x.float(), weight.float())
-        if split_k.is_gated(operation):
+        if is_gated(operation):
             gate, up = wanted.chunk(2, -1)
             wanted = F.silu(gate) * up
         found = found.sum(0) if found.dim() == 3 else found
@@ -188,7 +189,7 @@ class Stack:
 def time_alone(product: Product, rows: int, failed: dict[Job, str]) -> tuple[float, list[tuple[float, Config]]]:
     """µs of cuBLAS, and of each configuration, best first."""
     operation, n, k = product
-    size = 2 * n * k * (2 if split_k.is_gated(operation) else 1)
+    size = 2 * n * k * (2 if is_gated(operation) else 1)
     count = max(4, min(LAYERS, math.ceil(3 * L2_BYTES / size)))
     x, weights = inputs(product, rows, count)
 

@@ -1,8 +1,15 @@
-"""What every Triton launch asks about the device."""
+"""What every Triton launch asks about the machine and the device."""
 
 from functools import cache
+from importlib.util import find_spec
 
 import torch
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the package is installed."""
+    return find_spec("triton") is not None
 
 
 @cache

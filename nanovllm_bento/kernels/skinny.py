@@ -7,12 +7,12 @@ once.
 """
 
 from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanovllm_bento.kernels.launch import has_triton
 from nanovllm_bento.kernels.norm import rms_norm_reference
 
 MAX_ROWS = 16
@@ -83,7 +83,7 @@ def supports(rows: int, dtype: torch.dtype, device: torch.device, hidden_size: i
         1 <= rows <= most
         and device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and _has_triton()
+        and has_triton()
     )
 
 
@@ -216,8 +216,3 @@ def _matrix_config(n: int, k: int, matrices: int) -> Config:
 
 def _floor_power_of_two(value: int) -> int:
     return 1 << (value.bit_length() - 1)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

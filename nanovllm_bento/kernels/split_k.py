@@ -10,13 +10,14 @@ vary from run to run, but may with the number of rows.
 """
 
 from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm_bento.kernels.activation import silu_and_mul
+from nanovllm_bento.kernels.launch import has_triton
+from nanovllm_bento.kernels.skinny import is_gated
 
 MIN_ROWS, MAX_ROWS = 17, 256
 
@@ -59,7 +60,7 @@ def supports(rows: int, dtype: torch.dtype, device: torch.device) -> bool:
         MIN_ROWS <= rows <= MAX_ROWS
         and device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
-        and find_triton()
+        and has_triton()
     )
 
 
@@ -98,19 +99,6 @@ def _launch(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None, conf
     return launch(operation, x, weight, x.new_empty(config.splits, x.shape[0], n, dtype=dtype), config, bias)
 
 
-def linear_parts_reference(x: Tensor, weight: Tensor, bias: Tensor | None, splits: int) -> Tensor:
-    shares = zip(x.float().chunk(splits, -1), weight.float().chunk(splits, -1), strict=True)
-    parts = torch.stack([a @ b.T for a, b in shares])
-    if bias is not None:
-        parts[0] += bias.float()
-    return parts
-
-
-def is_gated(operation: str) -> bool:
-    """Whether the weight is two matrices, gate over up."""
-    return operation == "gate_up"
-
-
 def suits(config: Config, n: int, k: int) -> bool:
     """Whether ``config`` cuts a weight [n, k] without rest."""
     return n % config.block_n == 0 and k % (config.splits * config.block_k) == 0
@@ -120,8 +108,3 @@ def suits(config: Config, n: int, k: int) -> bool:
 def choose_config(operation: str, rows: int, n: int, k: int) -> Config | None:
     """How to compute an operation of this module; None: leave it to cuBLAS."""
     return TUNED.get((operation, 1 << (rows - 1).bit_length(), n, k))
-
-
-@cache
-def find_triton() -> bool:
-    return find_spec("triton") is not None

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm_bento.kernels.launch import use_pdl
-from nanovllm_bento.kernels.split_k import Config, is_gated
+from nanovllm_bento.kernels.skinny import is_gated
+from nanovllm_bento.kernels.split_k import Config
 
 
 @triton.jit

@@ -77,14 +77,14 @@ def test_products_in_parts_compute_the_model_of_whole_products(as_wide_as_0_6b, 
     size, rows = runner.graphs.find(count), runner.static_rows.clone()
     launched, launch = [], split_k_triton.launch
     monkeypatch.setattr(split_k_triton, "launch", lambda *args, **kwargs: launched.append(1) or launch(*args, **kwargs))
-    logits = []
+    logits, counts = [], []
     for _ in range(2):
         runner.static_rows.copy_(rows)
         with torch.inference_mode():
             logits.append(runner._decode_logits(size)[:count].double())
-        assert launched
         monkeypatch.setattr(split_k, "supports", lambda *args: False)
-    assert len(launched) <= 4 * 2  # none in the second
+        counts.append(len(launched))
+    assert 0 < counts[0] == counts[1]  # all in the first
     parts, whole = logits
     assert 0 < (parts - whole).norm() < 3e-2 * whole.norm()  # bfloat16 rounds in other places
 

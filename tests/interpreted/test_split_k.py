@@ -6,6 +6,7 @@ import torch
 from nanovllm_bento.kernels import split_k
 from nanovllm_bento.kernels.split_k import Config
 from tests.kernels import split_k_checks as checks
+from tests.kernels.skinny_checks import make_inputs, relative_error, wanted64
 
 WHOLE = Config(32, 16, 16, 1, 3, 4, True)
 SHARED = Config(16, 32, 16, 2, 3, 4, True)
@@ -35,11 +36,12 @@ def test_each_part_is_of_its_share_and_the_first_has_the_bias():
 
 def test_a_shape_without_a_measured_configuration_is_left_to_the_plain_product():
     for operation in checks.OPERATIONS:
-        x, weight, bias = checks.make_inputs(operation, 20, 24, 40, torch.float32, "cpu", bias=operation != "gate_up")
+        inputs = make_inputs(operation, 20, 24, 40, torch.float32, "cpu", bias=operation != "gate_up")
+        x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
         run = getattr(split_k, operation)
         found = run(x, weight) if bias is None else run(x, weight, bias)
         assert found.shape == (20, 24)
-        assert checks.relative_error(found, checks.wanted64(operation, x, weight, bias)) < 1e-5
+        assert relative_error(found, wanted64(inputs)) < 1e-5
 
 
 def test_every_tuned_configuration_cuts_its_shape_without_rest():

@@ -4,14 +4,13 @@ size.
 Imports without Triton; a TritonAttention does not come to be without it.
 """
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
-from nanovllm_bento.kernels.launch import num_sms
+from nanovllm_bento.kernels.launch import has_triton, num_sms
 from nanovllm_bento.kernels.rope_store import RopeStoreStep
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class TritonAttention:
     ) -> str | None:
         if device.type != "cuda":
             return "it needs an NVIDIA GPU"
-        if find_spec("triton") is None:
+        if not has_triton():
             return "the package triton is not installed"
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
