@@ -196,6 +196,7 @@ def sample_shards(
 
     logits: [n, at least num_entries], of tokens first to first + num_entries; as wide on all ranks. first: a multiple
     of 4. gather: [n, m] -> [n, ranks * m], the ranks' columns side by side. The same tokens on every rank.
+    last_tokens, out: as ``sample_rows``.
     """
     best = best_of_shard(logits, num_entries, first, slot_params, slots, positions, ranks)
     n = len(best)
