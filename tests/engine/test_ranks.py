@@ -76,6 +76,11 @@ def publish(ranks: Ranks, **what: str) -> None:
     ranks.publish(json.dumps({rank.removeprefix("_"): how for rank, how in what.items()}).encode())
 
 
+def random_step(size: int) -> bytes:
+    """A step that no rank takes for a JSON object."""
+    return (b"-" + os.urandom(size))[:size]
+
+
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -89,7 +94,7 @@ def test_steps_reach_every_rank_in_order_and_sets_of_ranks_do_not_meet(tmp_path)
         sent: list[list[bytes]] = [[], []]
         for size in (0, 1, 4096, capacity, capacity + 1, 2_000_000, 7):  # before and after they are ready
             for which, ranks in enumerate((one, other)):
-                sent[which].append(os.urandom(size))
+                sent[which].append(random_step(size))
                 ranks.publish(sent[which][-1])
             if size == 4096:
                 startup = one.wait_ready(60)
