@@ -34,7 +34,7 @@ from nanovllm_bento.engine.messages import (
     StepOutput,
     unpack_tokens,
 )
-from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, start_time
+from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, start_time, write_whole
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import InvalidRequestError, ModelNotFoundError, NanoVLLMError
 from nanovllm_bento.sampling_params import SamplingParams
@@ -248,7 +248,7 @@ def main() -> None:
 
     on_sigterm(args.owner_pid, drain)
     end_with_owner(args.owner_pid, folder)
-    (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
+    write_whole(folder / "engine.pid", f"{os.getpid()} {start_time(os.getpid())}")
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
     socket.linger = 1000  # ms
     socket.set_hwm(0)
@@ -257,7 +257,7 @@ def main() -> None:
         behaviour = Behaviour.from_env()
         engine = FakeEngine.of_model(EngineConfig.create(env={}, **args.config), behaviour)
     except (NanoVLLMError, msgspec.ValidationError) as e:
-        (folder / "engine.error").write_text(str(e))
+        write_whole(folder / "engine.error", str(e))
         logger.error("the fake engine cannot start: %s", e)
         sys.exit(2)
     time.sleep(behaviour.start_seconds)

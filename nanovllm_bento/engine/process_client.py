@@ -46,7 +46,7 @@ from nanovllm_bento.engine.messages import (
     pack_tokens,
     to_worker_decoder,
 )
-from nanovllm_bento.engine.processes import ipc_folder, open_pidfd, remove_folder, start_time
+from nanovllm_bento.engine.processes import ipc_folder, open_pidfd, remove_folder, start_time, write_whole
 from nanovllm_bento.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -389,9 +389,12 @@ class ProcessEngineClient:
                         os.kill(pid, signal.SIGKILL)
 
     def _fail(self, why: str) -> None:
-        """No engine will come: end what is open and stay not ready."""
+        """No engine will come: end what is open, stay not ready, and tell the other workers."""
+        self._give_up(why)
+        write_whole(self._folder / FAILURE_FILE, why)
+
+    def _give_up(self, why: str) -> None:
         self.failure = why
-        (self._folder / FAILURE_FILE).write_text(why)
         logger.error("%s", why)
         self._fail_all(EngineDeadError(why))
 
@@ -404,7 +407,7 @@ class ProcessEngineClient:
     def _learn_failure(self) -> bool:
         """Whether no engine will come, as the worker that supervised it has found."""
         if self.failure is None and (told := self._folder / FAILURE_FILE).exists():
-            self._fail(told.read_text())
+            self._give_up(told.read_text())
         return self.failure is not None
 
 
@@ -479,9 +482,9 @@ def _spawn_engine(
     """Start an engine of the next epoch; the caller holds the lock."""
     epoch_file, seed_file = folder / "epoch", folder / "hash_seed"
     epoch = int(epoch_file.read_text()) + 1 if epoch_file.exists() else 0
-    epoch_file.write_text(str(epoch))
+    write_whole(epoch_file, str(epoch))
     if not seed_file.exists():
-        seed_file.write_text(str(secrets.randbits(64)))
+        write_whole(seed_file, str(secrets.randbits(64)))
     (folder / "engine.error").unlink(missing_ok=True)
     with (folder / "starts").open("a") as starts:
         starts.write(f"{time.monotonic()}\n")
@@ -503,7 +506,7 @@ def _spawn_engine(
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(args))
     process.stdin.close()
-    (folder / "engine.pid").write_text(f"{process.pid} {start_time(process.pid)}")
+    write_whole(folder / "engine.pid", f"{process.pid} {start_time(process.pid)}")
     return process
 
 

@@ -72,6 +72,13 @@ def end_with_owner(owner_pid: int, folder: Path) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that other processes read at any time, or after this one was killed: they find all of it or none."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove it, also while processes that are about to end still put files there; gives up after two seconds."""
     for _ in range(40):

@@ -33,7 +33,7 @@ from nanovllm_bento.engine.messages import (
     OutputItem,
     StepOutput,
 )
-from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, start_time
+from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, start_time, write_whole
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.errors import EngineError, InvalidRequestError, NanoVLLMError, RankError
 
@@ -113,13 +113,13 @@ def main() -> None:
         """End at once: a step may hang in another thread. What cannot start as configured is not started again."""
         is_hopeless = server is None and not isinstance(error, EngineError)
         if is_hopeless:
-            (folder / "engine.error").write_text(str(error))
+            write_whole(folder / "engine.error", str(error))
         logger.error("the engine cannot start: %s" if server is None else "the engine ends: %s", error)
         os._exit(2 if is_hopeless else 1)
 
     on_sigterm(args.owner_pid, drain)
     end_with_owner(args.owner_pid, folder)
-    (folder / "engine.pid").write_text(f"{os.getpid()} {start_time(os.getpid())}")
+    write_whole(folder / "engine.pid", f"{os.getpid()} {start_time(os.getpid())}")
 
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
     socket.linger = 1000  # ms, for the last outputs of a drain

@@ -16,7 +16,7 @@ from nanovllm_bento.engine import processes
 from nanovllm_bento.engine.client import generate
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.process_client import ProcessEngineClient
-from nanovllm_bento.engine.processes import ipc_folder, start_time
+from nanovllm_bento.engine.processes import ipc_folder, start_time, write_whole
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import (
     ConfigError,
@@ -320,6 +320,39 @@ def test_a_folder_made_while_its_service_ends_is_removed(tmp_path, monkeypatch):
         with pytest.raises(EngineDeadError):
             ipc_folder(owner.pid, str(tmp_path / "ipc"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_other_processes_read_is_whole_at_all_times(tmp_path):
+    file, texts, seen = tmp_path / "failure", {"a" * 3000, "b" * 5000}, set()
+    write_whole(file, "a" * 3000)
+    script = "import sys, pathlib; from nanovllm_bento.engine.processes import write_whole as write\n"
+    script += "while True:\n  for text in ('a' * 3000, 'b' * 5000): write(pathlib.Path(sys.argv[1]), text)"
+    with subprocess.Popen([sys.executable, "-c", script, str(file)]) as writer:
+        until = time.monotonic() + 60
+        while len(seen) < 2:  # it has begun
+            seen.add(file.read_text())
+            assert time.monotonic() < until
+        seen |= {file.read_text() for _ in range(3000)}
+        writer.kill()
+    assert seen == texts
+
+
+async def test_workers_learn_why_no_engine_comes_in_the_same_words(tmp_path):
+    """Each may read while another one still finds out."""
+    config, folder = engine_config(tmp_path / "nothing-here"), tmp_path / "ipc"
+    module = "nanovllm_bento.bench.fake_engine"
+    async with (
+        connected(config, folder, engine_module=module) as one,
+        connected(config, folder, engine_module=module) as two,
+        connected(config, folder, engine_module=module) as three,
+    ):
+        told = []
+        for client in (one, two, three):
+            with pytest.raises(EngineDeadError, match="nothing-here") as caught:
+                await asyncio.wait_for(client.wait_ready(), 60)
+            told.append(str(caught.value))
+        assert len(set(told)) == 1
+        assert (folder / "failure").read_text() == told[0]
 
 
 def test_an_engine_whose_service_has_ended_does_not_begin(tmp_path):
