@@ -4,12 +4,14 @@ One step is in flight while the next is prepared: ``step`` schedules and launche
 of batch N. The same code runs on a GPU, which answers later, and on a CPU, which has answered when launch returns.
 """
 
+import logging
 import math
 import time
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, Self
 
@@ -42,6 +44,8 @@ from nanovllm_bento.hub import eos_token_ids, load_config_dict, resolve_model
 from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 _NAN = "The model's logits were not numbers (NaN)."
 _STEP_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -76,6 +80,9 @@ class Runner(Protocol):
     def launch(self, batch: Batch) -> InFlight:
         """Enqueue a step. Raises DeviceMemoryError, with nothing enqueued that matters, if the device has no room."""
 
+    def capture_ahead(self) -> bool:
+        """Prepare something that makes a later step faster; it may take as long as a step. Whether more may be left."""
+
 
 class EngineCore:
     """Schedules requests onto a runner. ``hash_seed`` keys the prefix cache (None: random)."""
@@ -101,6 +108,7 @@ class EngineCore:
         )
         self.scheduler = Scheduler(config, self.block_manager)
         self.in_flight: InFlight | None = None
+        self.may_capture = True  # whether capture_ahead may have anything to do
         eos_token_ids = [token for token in eos_token_ids if 0 <= token < runner.vocab_size]  # others cannot be sampled
         self.eos_token_ids = frozenset(eos_token_ids)
         self.totals: Counter[str] = Counter()
@@ -280,14 +288,33 @@ class EngineCore:
 
         Raises what another rank has failed with, RankError as a rule; nothing more can be computed then.
         """
-        if self.ranks is None:
+        with self._naming_the_cause():
             return self._step()
+
+    def capture_ahead(self) -> None:
+        """Use a moment without work to make a later step faster, while ``may_capture``. It may take as long as a step.
+
+        Raises what ``step`` does of other ranks.
+        """
+        assert not self.has_work
         try:
-            return self._step()
+            with self._naming_the_cause():
+                self.may_capture = self.runner.capture_ahead()
+        except Exception:
+            if self.ranks is not None:
+                raise  # they may be in the middle of it
+            self.may_capture = False
+            logger.warning("no more is captured ahead of the steps that need it", exc_info=True)
+
+    @contextmanager
+    def _naming_the_cause(self) -> Iterator[None]:
+        """Raises, instead of what a broken collective raises, what the other rank has failed with."""
+        try:
+            yield
         except EngineDeadError:
             raise
-        except Exception as error:  # a collective that broke, as a rule because another rank has
-            cause = self.ranks.cause()
+        except Exception as error:
+            cause = None if self.ranks is None else self.ranks.cause()
             if cause is None:
                 raise
             raise type(cause)(str(cause)) from error

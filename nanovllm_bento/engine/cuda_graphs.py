@@ -153,10 +153,12 @@ class PromptShape(NamedTuple):
 _PROMPT_ROWS = (1, 16, 64)
 _MIN_TOKENS, _MIN_CONTEXT = 16, 1024
 _MAX_PROMPT_GRAPHS = 192
+_MAX_LIKELY = 144  # of these; the others are left to what comes
+_LATER_TOKENS, _LATER_CONTEXTS = 1024, (1024, 2048)  # of a prompt whose start is cached: new ones; all of them
 
 
 class PromptGraphs:
-    """Graphs of steps of prompts, each captured when a step first needs it: that one step runs eagerly.
+    """Graphs of steps of prompts, each captured when a step first needs it, which runs eagerly, or ahead of that.
 
     ``forward(shape)`` computes logits, [rows, vocab_size], of the last token of each of the first static rows.
     """
@@ -187,6 +189,28 @@ class PromptGraphs:
         longest = tokens if whole else max(_MIN_CONTEXT, 1 << (context - 1).bit_length())
         longest = min(longest, self.max_model_len)
         return PromptShape(tokens, rows, -(-longest // self.block_size), whole)
+
+    def likely(self, *, whole: bool, later_turns: bool) -> list[PromptShape]:
+        """Buckets that steps may well need, in the order to capture them in: largest first, which takes least memory.
+
+        Prompts are taken to have 16 tokens or more; whole: attention reads them as whole prompts. later_turns: some
+        will find their start in the prefix cache; of these, one a step, of up to 1,024 new tokens.
+        """
+        sizes = [*range(_MIN_TOKENS, self.max_num_tokens, _MIN_TOKENS), self.max_num_tokens]
+        found, fewest = [], 1
+        for rows in _PROMPT_ROWS:
+            possible = {min(n, rows * self.max_model_len) for n in sizes if n >= fewest * _MIN_TOKENS}
+            found += [self.shape(n, fewest, n if rows == 1 else min(n, _MIN_CONTEXT), whole) for n in possible]
+            fewest = rows + 1
+        if later_turns:
+            lens = [n for n in sizes if n <= min(_LATER_TOKENS, self.max_model_len)]
+            found += [self.shape(n, 1, min(context, self.max_model_len)) for n in lens for context in _LATER_CONTEXTS]
+        shapes = {shape for shape in found if shape is not None}
+        return sorted(shapes, key=lambda shape: (shape.whole == whole, shape), reverse=True)[:_MAX_LIKELY]
+
+    def __contains__(self, shape: PromptShape) -> bool:
+        """Whether it was captured, or tried to."""
+        return shape in self._graphs
 
     def run(self, shape: PromptShape) -> Tensor:
         """Logits of what lies in the static buffers, valid until the next step."""

@@ -8,6 +8,7 @@ its size has been seen; all else, and everything on a CPU, runs eagerly. ``launc
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from nanovllm_bento.engine.cuda_graphs import DecodeGraphs, GraphPool, PromptGra
 from nanovllm_bento.engine.kv_scales import set_kv_scales
 from nanovllm_bento.engine.prompt_buffers import PromptBuffers, put
 from nanovllm_bento.engine.scheduler import Batch
-from nanovllm_bento.engine.step_inputs import DecodeStep, StepBuilder, TokenStep, decoder, encoder
+from nanovllm_bento.engine.step_inputs import CaptureStep, DecodeStep, StepBuilder, TokenStep, decoder, encoder
 from nanovllm_bento.errors import ConfigError, DeviceMemoryError
 from nanovllm_bento.hub import ModelFiles, load_config_dict, resolve_model
 from nanovllm_bento.kernels.attention import select_backend
@@ -158,6 +159,7 @@ class ModelRunner:
             self.copies = torch.cuda.Stream(self.torch_device)
         self.graphs: DecodeGraphs | None = None
         self.prompt_graphs: PromptGraphs | None = None
+        self.to_capture: deque[PromptShape] = deque()
         if self._uses_graphs:
             self._make_graphs(max_blocks)
             self._phase("cuda_graphs", started)
@@ -207,6 +209,28 @@ class ModelRunner:
                 return self._replay(inputs), None
             return self._run_tokens(inputs)
 
+    def capture_ahead(self) -> bool:
+        """Capture one graph of prompts that no step has needed yet. Returns whether more may be left.
+
+        For when there is nothing to do: it takes the host some tens of milliseconds, and the device a step's time.
+        """
+        graphs = self.prompt_graphs
+        while graphs is not None and self.to_capture:
+            shape = self.to_capture.popleft()
+            if shape not in graphs:
+                if self.publish is not None:
+                    self.publish(encoder.encode(CaptureStep(shape)))
+                self.capture(shape)
+                return True
+        return False
+
+    def capture(self, shape: PromptShape) -> None:
+        """``capture_ahead`` of that shape, on every rank. Raises torch.OutOfMemoryError."""
+        assert self.prompt_graphs is not None
+        with torch.inference_mode():
+            self.prompts.clear()
+            self.prompt_graphs.run(shape)
+
     def drop_graphs(self) -> None:
         """Let go of all CUDA graphs; from now on steps run eagerly."""
         self.graphs = self.prompt_graphs = None
@@ -237,6 +261,8 @@ class ModelRunner:
                 pool, num_tokens, config.max_num_seqs, self.max_model_len, self.block_size, self._prompt_logits
             )
             self.prompts = PromptBuffers(num_tokens, self.prompt_graphs.max_num_rows, max_blocks, device)
+            whole, cached = self.backend.reads_whole_prompts, config.enable_prefix_caching
+            self.to_capture.extend(self.prompt_graphs.likely(whole=whole, later_turns=cached))
 
     def _decode_logits(self, size: int) -> Tensor:
         """The captured part up to this rank's logits of the first ``size`` static rows."""
@@ -357,7 +383,8 @@ class ModelRunner:
             whole_prompts=whole,
         )
         self.backend.prepare(meta)
-        return self.model.own_logits(self.model(ids, positions, self.kv_caches, meta, last_only=True))
+        hidden = self.model(ids, positions, self.kv_caches, meta, last_only=True)
+        return self.model.own_logits(hidden, self.logits[:num_rows])
 
     def _hidden(self, inputs: TokenStep, slots: Tensor, tables: Tensor) -> Tensor:
         """Hidden states of a step, launched kernel by kernel: of all tokens if any is scored, else each row's last."""
@@ -517,7 +544,11 @@ class RankExecutor:
 
     def execute(self, payload: memoryview) -> None:
         """Enqueue a step of rank 0's runner, given as what that one published."""
-        self.runner.execute(decoder.decode(payload))
+        inputs = decoder.decode(payload)
+        if isinstance(inputs, CaptureStep):
+            self.runner.capture(inputs.shape)
+        else:
+            self.runner.execute(inputs)
 
 
 def rank_executor(config: EngineConfig, rank: int, size: int, store: Path) -> RankExecutor:

@@ -21,6 +21,12 @@ class PromptBuffers:
         self._rows = torch.zeros(2 * max_rows + 1, dtype=torch.int32, device=device)
         self.query_start_loc, self.seq_lens = self._rows.split((max_rows + 1, max_rows))
 
+    def clear(self) -> None:
+        """Enqueue that all tokens and rows become padding."""
+        self.tokens[:2].zero_()
+        self.tokens[2].fill_(-1)
+        self._rows.zero_()
+
     def fill(self, inputs: TokenStep, shape: PromptShape, tables: Tensor) -> None:
         """Enqueue the copy of a step's inputs, padded to ``shape``. tables: inputs.tables on the device."""
         num_tokens, num_rows = len(inputs.positions), len(inputs.seq_lens)

@@ -1,7 +1,8 @@
 """What the device must know of one step, as plain arrays.
 
 The runner of rank 0 makes it of a Batch; every tensor-parallel rank executes it. Two forms: a DecodeStep has one token
-a row and runs as a CUDA graph, reading from the device all that is known there; a TokenStep names every token.
+a row and runs as a CUDA graph, reading from the device all that is known there; a TokenStep names every token. Between
+steps the ranks may capture a graph together (CaptureStep).
 """
 
 from array import array
@@ -9,6 +10,7 @@ from array import array
 import msgspec
 import numpy as np
 
+from nanovllm_bento.engine.cuda_graphs import PromptShape
 from nanovllm_bento.engine.scheduler import Batch
 
 Array = np.ndarray
@@ -73,6 +75,12 @@ class TokenStep(StepInputs, tag=2, array_like=True, kw_only=True):
         return not self.num_decode and bool((np.diff(self.query_start_loc) == self.seq_lens).all())
 
 
+class CaptureStep(msgspec.Struct, tag=3, array_like=True):
+    """No step, but the graph of prompts of that shape, which later steps will need."""
+
+    shape: PromptShape
+
+
 def _pack(value: Array) -> tuple[str, tuple[int, ...], bytes]:
     return value.dtype.str, value.shape, value.tobytes()
 
@@ -83,7 +91,7 @@ def _unpack(kind: type, packed: tuple[str, tuple[int, ...], bytes]) -> Array:
 
 
 encoder = msgspec.msgpack.Encoder(enc_hook=_pack)
-decoder = msgspec.msgpack.Decoder(DecodeStep | TokenStep, dec_hook=_unpack)
+decoder = msgspec.msgpack.Decoder(DecodeStep | TokenStep | CaptureStep, dec_hook=_unpack)
 
 
 class StepBuilder:

@@ -42,6 +42,8 @@ logger = logging.getLogger("nanovllm_bento.engine.worker")  # its __name__ is __
 _RECEIVE_SECONDS = 0.001
 """Time for messages between two steps, at most: thousands of requests at once must not hold up those that run. On a GPU
 it costs nothing, as the step before is still computed."""
+_IDLE_SECONDS = 0.5
+"""Without work, before the engine captures graphs ahead: between two requests of one client is no time for that."""
 
 
 class EngineServer:
@@ -53,6 +55,7 @@ class EngineServer:
             core, socket, epoch, heartbeat_interval, add=self._add, requests_of=self._requests_of
         )
         self.drain_until: float | None = None
+        self._idle_at = time.monotonic() + _IDLE_SECONDS
 
     def drain(self, seconds: float) -> None:
         """Take no more requests, and end when those that run have finished or ``seconds`` are over."""
@@ -66,11 +69,20 @@ class EngineServer:
             logger.warning("%d requests had not finished in time", len(self.core.scheduler.sequences))
 
     def run_once(self) -> None:
-        self.connections.wait(0.0 if self.core.has_work else math.inf)
+        self.connections.wait(self._patience())
         self.connections.receive(_RECEIVE_SECONDS)
         if self.core.has_work:
             self._send_outputs(self.core.step())
+            self._idle_at = time.monotonic() + _IDLE_SECONDS
+        elif self.core.may_capture and time.monotonic() >= self._idle_at:
+            self.core.capture_ahead()
         self.connections.beat()
+
+    def _patience(self) -> float:
+        """Seconds to wait for a message, at most."""
+        if self.core.has_work:
+            return 0.0
+        return max(0.0, self._idle_at - time.monotonic()) if self.core.may_capture else math.inf
 
     def _add(self, client: bytes, message: Add) -> None:
         if self.drain_until is not None:

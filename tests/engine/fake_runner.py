@@ -57,6 +57,12 @@ class FakeRunner:
         self.queue: list[FakeInFlight] = []
         self.num_computed_tokens = 0
         self.batches: list[Batch] = []
+        self.num_to_capture = 0
+
+    def capture_ahead(self) -> bool:
+        assert not self.queue, "a step was in flight"
+        self.num_to_capture -= 1
+        return self.num_to_capture > 0
 
     def launch(self, batch: Batch) -> FakeInFlight:
         """Copies what the device would get now: later changes of the sequences must not reach it."""

@@ -8,6 +8,7 @@ from collections import defaultdict
 import pytest
 import zmq
 
+from nanovllm_bento.engine import worker
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.messages import (
     ITERATION_TOKENS_BUCKETS,
@@ -331,6 +332,50 @@ def test_draining_finishes_what_runs_and_leaves_what_comes_to_the_next_engine(wi
         wire.read()
     assert wire.items["running"][-1].error is None
     assert not wire.items["new"]
+
+
+def test_graphs_are_captured_once_nothing_has_run_for_a_while(wire, monkeypatch):
+    monkeypatch.setattr(worker, "_IDLE_SECONDS", 0.05)
+    wire = wire()
+    server, core, runner = wire.server, wire.core, wire.core.runner
+    captured: list[float] = []
+    capture = runner.capture_ahead
+    monkeypatch.setattr(runner, "num_to_capture", 10**6)
+    monkeypatch.setattr(runner, "capture_ahead", lambda: captured.append(time.monotonic()) or capture())
+    for name in ("a", "b"):  # the second comes while there is still something to capture
+        wire.send(request(name, [2, 3], 30))
+        wire.pass_until(lambda: core.has_work)
+        num_captured = len(captured)
+        wire.pass_until(lambda name=name: wire.ended(name))
+        assert len(captured) == num_captured, "not while anything runs"
+        ended = time.monotonic()
+        wire.pass_until(lambda count=num_captured: len(captured) > count + 2)
+        assert captured[num_captured] > ended + 0.03, "not at once"
+    monkeypatch.setattr(runner, "num_to_capture", 2)
+    num_captured = len(captured)
+    wire.pass_until(lambda: not core.may_capture)
+    assert len(captured) == num_captured + 2
+    server.connections.heartbeat_interval = 0.2
+    server.run_once()
+    began = time.monotonic()
+    server.run_once()
+    assert time.monotonic() - began > 0.15, "it waits for messages again"
+
+
+def test_what_cannot_be_captured_ahead_costs_no_request(wire, monkeypatch, caplog):
+    monkeypatch.setattr(worker, "_IDLE_SECONDS", 0.0)
+    wire = wire()
+
+    def broken() -> bool:
+        raise RuntimeError("this kernel does not run here")
+
+    monkeypatch.setattr(wire.core.runner, "capture_ahead", broken)
+    wire.core.may_capture = True
+    wire.pass_until(lambda: not wire.core.may_capture)
+    assert "this kernel does not run here" in caplog.text
+    wire.send(request("a", [2, 3], 5))
+    wire.pass_until(lambda: wire.ended("a"))
+    assert wire.items["a"][-1].error is None
 
 
 def test_draining_ends_at_its_bound(wire):

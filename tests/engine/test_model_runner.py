@@ -1,6 +1,7 @@
 """What the model runner decides without a GPU: which steps a CUDA graph may run, and how much KV cache there is."""
 
 from array import array
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +9,17 @@ import torch
 
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine import kv_cache
-from nanovllm_bento.engine.cuda_graphs import PromptGraphs, graph_buckets, token_bucket
+from nanovllm_bento.engine.core import EngineCore
+from nanovllm_bento.engine.cuda_graphs import PromptGraphs, PromptShape, graph_buckets, token_bucket
+from nanovllm_bento.engine.model_runner import RankExecutor
+from nanovllm_bento.engine.prompt_buffers import PromptBuffers
 from nanovllm_bento.engine.scheduler import Batch, PrefillChunk
 from nanovllm_bento.engine.sequence import Sequence
-from nanovllm_bento.engine.step_inputs import StepBuilder, decoder, encoder
+from nanovllm_bento.engine.step_inputs import CaptureStep, StepBuilder, decoder, encoder
 from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.sampling_params import SamplingParams
-from tests.engine.tiny_engines import make_engine
+from tests.engine.fake_runner import add
+from tests.engine.tiny_engines import make_engine, run_all
 from tests.engine.tiny_models import make_tiny, read_config
 
 GIB = 2**30
@@ -74,6 +79,96 @@ def test_a_prompt_graph_holds_every_step_that_it_is_found_for(max_tokens, max_se
                     assert whole[:2] == shape[:2] and context <= whole.num_blocks * 16 and whole != shape
                 assert num_tokens <= tokens <= max_tokens and num_rows <= rows <= max_seqs
                 assert context <= blocks * 16 < max_len + 16
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("later_turns", [False, True])
+@pytest.mark.parametrize(
+    "max_tokens, max_seqs, max_len", [(8192, 256, 4096), (2048, 256, 40960), (100, 3, 70), (16, 1, 9)]
+)
+def test_graphs_made_ahead_are_those_that_steps_ask_for(max_tokens, max_seqs, max_len, whole, later_turns):
+    graphs = PromptGraphs(None, max_tokens, max_seqs, max_len, 16, None)
+    likely = graphs.likely(whole=whole, later_turns=later_turns)
+    assert len(set(likely)) == len(likely) <= 144
+    assert likely[0].num_tokens == max(shape.num_tokens for shape in likely) == max_tokens
+    for prompt_len in (16, 17, 64, 100, 512, 1000):
+        if prompt_len > max_len:
+            continue
+        for num_rows in (1, 2, 5, 16, 17, 40, 64):
+            if num_rows * prompt_len <= max_tokens and num_rows <= max_seqs:
+                assert graphs.shape(num_rows * prompt_len, num_rows, prompt_len, whole) in likely
+        for start in (400, 1000):
+            if later_turns and start + prompt_len <= max_len and prompt_len <= max_tokens:
+                assert graphs.shape(prompt_len, 1, start + prompt_len) in likely
+
+
+class Replayed:
+    """Stands for a CUDA graph where there is no GPU: what it recorded runs again, into the same output."""
+
+    def __init__(self, run) -> None:
+        self.run, self.out, self.num_replays = run, run(), 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        self.out.copy_(self.run())
+
+
+class RecordingPool:
+    def __init__(self) -> None:
+        self.recorded: list[Replayed] = []
+
+    def record(self, run):
+        self.recorded.append(Replayed(run))
+        return self.recorded[-1], self.recorded[-1].out
+
+
+def give_prompt_graphs(core: EngineCore, monkeypatch) -> RecordingPool:
+    """The way of a GPU's prompts, from static buffers, for an engine on a CPU."""
+    runner, pool, config = core.runner, RecordingPool(), core.config
+    runner.prompt_graphs = graphs = PromptGraphs(
+        pool, config.max_num_batched_tokens, config.max_num_seqs, runner.max_model_len, 16, runner._prompt_logits
+    )
+    max_blocks = runner.builder.block_tables.shape[1]
+    runner.prompts = PromptBuffers(config.max_num_batched_tokens, graphs.max_num_rows, max_blocks, torch.device("cpu"))
+    runner.logits = torch.empty(config.max_num_seqs, runner.vocab_size)
+    runner.to_capture.extend(graphs.likely(whole=False, later_turns=True))
+    own_logits = runner.model.own_logits
+    monkeypatch.setattr(runner.model, "own_logits", lambda hidden, out=None: own_logits(hidden))
+    return pool
+
+
+def test_prompts_by_graphs_made_ahead_give_the_tokens_of_eager_steps(tmp_path, monkeypatch):
+    folder = make_tiny("qwen3", tmp_path)
+    prompts = [list(range(i, i + length)) for i, length in enumerate((1, 16, 33, 60, 7, 64))]
+    results = []
+    for ahead in (False, True):
+        core = make_engine(folder, "cpu", max_num_batched_tokens=48, num_gpu_blocks_override=40)
+        if ahead:
+            pool = give_prompt_graphs(core, monkeypatch)
+            published: list[bytes] = []
+            core.runner.publish = published.append
+            wanted = list(core.runner.to_capture)
+            before = [cache.clone() for layer in core.runner.kv_caches for cache in layer]
+            while core.may_capture:
+                core.capture_ahead()
+            assert [decoder.decode(message) for message in published] == [CaptureStep(shape) for shape in wanted]
+            assert len(pool.recorded) == len(wanted)
+            after = [cache for layer in core.runner.kv_caches for cache in layer]
+            assert all(map(torch.equal, before, after)), "nothing is stored"
+            monkeypatch.setattr(core.runner, "_hidden", lambda *args: pytest.fail("ran eagerly"))
+        for turn in range(2):  # the second finds its start in the prefix cache
+            for i, prompt in enumerate(prompts):
+                add(core, f"{turn}.{i}", [*prompt, *range(3 * turn)], 1, ignore_eos=True, temperature=0.7, seed=i)
+        results.append(run_all(core))
+    assert results[0] == results[1]
+    assert len(pool.recorded) == len(wanted) and sum(graph.num_replays for graph in pool.recorded) > 4
+
+
+def test_a_rank_captures_what_rank_0_captures():
+    captured: list[PromptShape] = []
+    runner, shape = SimpleNamespace(startup_seconds={}, capture=captured.append), PromptShape(64, 16, 8, True)
+    RankExecutor(runner).execute(memoryview(encoder.encode(CaptureStep(shape))))
+    assert captured == [shape]
 
 
 def test_step_inputs_arrive_as_they_were_sent():

@@ -119,6 +119,37 @@ def test_prompts_by_graph_give_the_eager_tokens_again_and_again(tiny, attention)
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # without FlashAttention's whole prompts, and with
+def test_prompts_find_their_graphs_captured_ahead(tiny, dtype):
+    results = []
+    for ahead in (True, False):
+        core = engine(tiny, dtype, enforce_eager=not ahead)
+        wanted = list(core.runner.to_capture)
+        if ahead:
+            core.capture_ahead()  # its memory is what all that follow take turns in
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_reserved()
+        while core.may_capture:
+            core.capture_ahead()
+        for i, prompt in enumerate(PROMPTS):
+            add(core, f"first {i}", prompt, 6, ignore_eos=True, temperature=0.8, seed=i)
+            if i % 2:
+                results.append(run_all(core))
+        for i, prompt in enumerate(PROMPTS):  # begins with what is in the prefix cache
+            results.append(run_all(core))
+            add(core, f"second {i}", prompt + [7] * 30, 6, ignore_eos=True, temperature=0.8, seed=i)
+        results.append(run_all(core))
+        if ahead:
+            torch.cuda.synchronize()
+            assert torch.cuda.memory_reserved() - before < 64 * 2**20
+            captured = core.runner.prompt_graphs._graphs
+            assert set(captured) == set(wanted) and len(wanted) > 20 and None not in captured.values()
+    half = len(results) // 2
+    if dtype == "float32":
+        assert results[:half] == results[half:]
+    assert all(len(tokens) == 6 for result in results for tokens in result.values())
+
+
 def test_whole_prompts_give_the_tokens_of_prompts_in_chunks(tmp_path):
     """FlashAttention, where there is one, reads whole prompts' keys past the cache; chunks come from its pages."""
     folder = make_tiny("qwen3", tmp_path, head_dim=128, max_position_embeddings=512)

@@ -37,8 +37,10 @@ def test_two_gpus_give_the_tokens_of_one_in_float32(tmp_path, family, overrides)
     results = []
     for ranks in (1, 2):
         core = engine(folder, "float32", ranks, **overrides)
+        while ranks == 2 and family == "qwen3_moe" and core.may_capture:
+            core.capture_ahead()
         rounds = []
-        for salt in "ab":  # prompts run eagerly once, then as graphs
+        for salt in "ab":  # prompts run eagerly once, then as graphs, if these are not captured ahead
             for i in range(20):
                 sampling = {"temperature": 0.9, "top_p": 0.9} if i % 3 == 0 else {"temperature": 0.0}
                 add(core, str(i), PROMPTS[i % 5], 40, ignore_eos=True, seed=i, salt=f"{salt}{i % 2}", **sampling)
