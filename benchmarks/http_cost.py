@@ -53,7 +53,7 @@ class Load:
     max_tokens: int
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """Sends one request after the other; the answers are only scanned for their end and their number of events."""
 
     def __init__(self, request: bytes, budget: list[int], stream: bool, done: asyncio.Future[None]) -> None:
@@ -112,7 +112,7 @@ async def _drive(port: int, load: Load) -> dict[str, Any]:
     connections, ends = [], []
     for _ in range(load.concurrency):
         done = loop.create_future()
-        connection = _Connection(request, budget, load.stream, done)
+        connection = Connection(request, budget, load.stream, done)
         await loop.create_connection(lambda c=connection: c, "127.0.0.1", port)
         connections.append(connection)
         ends.append(done)

@@ -8,6 +8,7 @@ again and the streams go on. The engine is tied to the service's main process (`
 import asyncio
 import fcntl
 import logging
+import math
 import os
 import secrets
 import signal
@@ -16,6 +17,7 @@ import sys
 import time
 import uuid
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -64,8 +66,12 @@ FAILURE_FILE = "failure"
 _HELLO_INTERVAL = 0.5  # seconds between greetings to an engine that has not answered
 _RESTART_WINDOW = 600.0  # seconds over which engine_max_restarts counts
 _LOCK_INTERVAL = 0.5  # seconds between tries to become the supervisor
-_MAX_FRAMES = 16
-"""Messages that go to the engine as one of ZeroMQ's, which it reads at one go between two steps."""
+_TURN_SECONDS = 0.0005
+"""Where many requests end in one step, time for some of them until the event loop has its turn: their clients' next
+ones then reach the engine while the others are still being ended, and it need not wait for all."""
+_MAX_FRAMES = 8
+"""Messages that go to the engine as one of ZeroMQ's, which it reads at one go between two steps. So many do not wait
+for others of the same turn of the event loop; nor do fewer, where the engine runs no more than that from here."""
 
 
 class _OpenRequest(OutputBuffer):
@@ -117,6 +123,7 @@ class ProcessEngineClient:
         self._engine_pid = 0
         self._last_heard = 0.0
         self._outbox: list[bytes] = []
+        self._items: deque[OutputItem] = deque()  # received, but not handed out yet
         self._variables = copy_context()  # what one request's task makes known is not for the others' output
         self._ready = asyncio.Event()
         self._gone = asyncio.Event()  # the engine this client is connected to has ended
@@ -244,6 +251,7 @@ class ProcessEngineClient:
         asyncio.get_running_loop().add_reader(socket.fileno(), self._receive)
 
     def _disconnect(self, *, linger: int) -> None:
+        self._hand_out()  # before requests are added to another engine
         if self._socket is not None:
             asyncio.get_running_loop().remove_reader(self._socket.fileno())
             self._socket.close(linger)
@@ -251,11 +259,14 @@ class ProcessEngineClient:
             self._outbox.clear()
 
     def _send(self, message: ToEngine) -> None:
-        """Goes out with all else that is sent in this turn of the event loop: ZeroMQ's thread is woken once for it."""
+        """Goes out with others that are sent in this turn of the event loop: ZeroMQ's thread is woken once for them."""
         if self._socket is not None:
             if not self._outbox:
                 asyncio.get_running_loop().call_soon(self._exchange, context=self._variables)
             self._outbox.append(encoder.encode(message))
+            num_running = len(self._requests) - len(self._items) - len(self._outbox)
+            if len(self._outbox) >= min(_MAX_FRAMES, max(1, num_running)):
+                self._flush()
 
     def _exchange(self) -> None:
         self._flush()
@@ -265,33 +276,46 @@ class ProcessEngineClient:
         outbox, self._outbox = self._outbox, []
         if self._socket is not None:
             for i, data in enumerate(outbox, 1):
-                ends = i == len(outbox) or not i % _MAX_FRAMES
-                self._socket.send(data, zmq.NOBLOCK if ends else zmq.NOBLOCK | zmq.SNDMORE)
+                self._socket.send(data, zmq.NOBLOCK if i == len(outbox) else zmq.NOBLOCK | zmq.SNDMORE)
 
     def _receive(self) -> None:
-        requests = self._requests
-        while self._socket is not None and _has_message(self._socket):
-            payload = self._socket.recv(zmq.NOBLOCK)
-            message = to_worker_decoder.decode(payload)
+        """Take what the engine has sent, in several turns of the event loop where many requests end at once."""
+        until = time.monotonic() + _TURN_SECONDS
+        while True:
+            self._hand_out(until)
+            if self._items:
+                asyncio.get_running_loop().call_soon(self._receive, context=self._variables)
+                return
+            if self._socket is None or not _has_message(self._socket):
+                return
+            message = to_worker_decoder.decode(self._socket.recv(zmq.NOBLOCK))
             if message.epoch < self._epoch:
                 continue
             self._last_heard = time.monotonic()
             if isinstance(message, StepOutput):
-                for item in message.items:
-                    request = requests.get(item.request_id)
-                    if request is None:
-                        continue
-                    request.token_ids.extend(item.new_token_ids)
-                    if item.finish_reason is None:
-                        request.put(item)
-                    else:
-                        del requests[item.request_id]  # whether read yet or not, it is not to be added again
-                        request.end(item)
+                self._items.extend(message.items)
             elif isinstance(message, Heartbeat):
                 self._stats = message.stats
                 self._stats.epoch = message.epoch
             elif isinstance(message, Ready):
                 self._on_ready(message)
+
+    def _hand_out(self, until: float = math.inf) -> None:
+        """Give requests what has come for them; no further after one that ended when ``until`` is over."""
+        items, requests = self._items, self._requests
+        while items:
+            item = items.popleft()
+            request = requests.get(item.request_id)
+            if request is None:
+                continue
+            request.token_ids.extend(item.new_token_ids)
+            if item.finish_reason is None:
+                request.put(item)
+                continue
+            del requests[item.request_id]  # whether read yet or not, it is not to be added again
+            request.end(item)
+            if time.monotonic() > until:
+                return
 
     def _on_ready(self, message: Ready) -> None:
         if self._ready.is_set():

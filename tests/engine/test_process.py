@@ -10,11 +10,13 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
+import zmq
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine import processes
-from nanovllm_bento.engine.client import generate
+from nanovllm_bento.engine.client import OutputBuffer, generate
 from nanovllm_bento.engine.core import EngineCore
+from nanovllm_bento.engine.messages import OutputItem, to_engine_decoder
 from nanovllm_bento.engine.process_client import ProcessEngineClient
 from nanovllm_bento.engine.processes import ipc_folder, start_time, write_whole
 from nanovllm_bento.engine.request import resolve_request
@@ -381,3 +383,80 @@ def test_folders_of_services_that_are_gone_are_removed(tmp_path, monkeypatch):
     mine = ipc_folder(os.getpid())
     assert mine.exists() and not old.exists()
     assert mine.stat().st_mode & 0o777 == 0o700
+
+
+class Socket:
+    """In place of the one to the engine: keeps what is sent and has nothing to read."""
+
+    def __init__(self) -> None:
+        self.messages: list[list[object]] = [[]]
+
+    def send(self, data: bytes, flags: int) -> None:
+        self.messages[-1].append(to_engine_decoder.decode(data))
+        if not flags & zmq.SNDMORE:
+            self.messages.append([])
+
+    def get(self, option: int) -> int:
+        return 0
+
+
+def client_on(socket: Socket) -> ProcessEngineClient:
+    client = ProcessEngineClient(EngineConfig.create(env={}, model="none"), ServiceConfig.create(env={}))
+    client._socket = socket  # type: ignore[assignment]
+    client._ready.set()
+    return client
+
+
+def submit(client: ProcessEngineClient, name: str, on_due=lambda: None) -> OutputBuffer:
+    return client.submit(name, [1, 2], SamplingParams(max_tokens=9, seed=0), on_due)
+
+
+async def test_the_first_of_many_requests_does_not_wait_for_the_others():
+    socket = Socket()
+    client = client_on(socket)
+    for i in range(37):
+        submit(client, str(i))
+    sizes = [1, 1, 2, 4, 8, 8, 8]  # small as long as the engine has little to do
+    assert [len(message) for message in socket.messages if message] == sizes
+    await asyncio.sleep(0)
+    assert [len(message) for message in socket.messages if message] == [*sizes, 5]
+    assert [add.request_id for message in socket.messages for add in message] == [str(i) for i in range(37)]
+
+
+def ending(names: list[str]) -> list[OutputItem]:
+    return [OutputItem(name, [7, 8], "length") for name in names]
+
+
+async def test_requests_that_end_together_leave_others_their_turn():
+    client, turns = client_on(Socket()), []
+    num_turns = 0
+
+    def on_due() -> None:
+        turns.append(num_turns)
+        time.sleep(0.001)
+
+    names = [str(i) for i in range(30)]
+    for name in names:
+        submit(client, name, on_due)
+    await asyncio.sleep(0)
+    client._items.extend(ending(names))
+    client._receive()
+    while len(turns) < 30:
+        num_turns += 1
+        await asyncio.sleep(0)
+    assert turns == list(range(30)), "one request in each turn of the loop"
+
+
+async def test_what_was_received_is_handed_out_before_another_engine_is_asked():
+    client = client_on(Socket())
+    outputs = {name: submit(client, name, lambda: time.sleep(0.001)) for name in "abcd"}
+    await asyncio.sleep(0)
+    client._items.extend(ending(["a", "b", "c"]))
+    client._items.append(OutputItem("d", [5]))
+    client._receive()
+    assert client._items and set(client._requests) == {"b", "c", "d"}
+    client._socket = None  # the engine has ended
+    client._disconnect(linger=0)
+    assert not client._items and set(client._requests) == {"d"}
+    assert list(client._requests["d"].token_ids) == [5], "what another engine goes on from"
+    assert [outputs[name].take().new_token_ids for name in "abcd"] == [[7, 8]] * 3 + [[5]]
