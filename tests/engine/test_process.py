@@ -329,13 +329,16 @@ def test_what_other_processes_read_is_whole_at_all_times(tmp_path):
     write_whole(file, "a" * 3000)
     script = "import sys, pathlib; from nanovllm_bento.engine.processes import write_whole as write\n"
     script += "while True:\n  for text in ('a' * 3000, 'b' * 5000): write(pathlib.Path(sys.argv[1]), text)"
-    with subprocess.Popen([sys.executable, "-c", script, str(file)]) as writer:
+    writer = subprocess.Popen([sys.executable, "-c", script, str(file)])
+    try:
         until = time.monotonic() + 60
         while len(seen) < 2:  # it has begun
             seen.add(file.read_text())
             assert time.monotonic() < until
         seen |= {file.read_text() for _ in range(3000)}
+    finally:
         writer.kill()
+        writer.wait()
     assert seen == texts
 
 
