@@ -423,6 +423,7 @@ class ProcessEngineClient:
         self._fail_all(EngineDeadError(why))
 
     def _fail_all(self, why: Exception) -> None:
+        self._hand_out()  # what has ended has not failed
         requests = list(self._requests.values())
         self._requests.clear()
         for request in requests:

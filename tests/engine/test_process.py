@@ -463,3 +463,16 @@ async def test_what_was_received_is_handed_out_before_another_engine_is_asked():
     assert not client._items and set(client._requests) == {"d"}
     assert list(client._requests["d"].token_ids) == [5], "what another engine goes on from"
     assert [outputs[name].take().new_token_ids for name in "abcd"] == [[7, 8]] * 3 + [[5]]
+
+
+async def test_a_request_whose_end_was_received_does_not_fail_with_the_engine():
+    client = client_on(Socket())
+    outputs = {name: submit(client, name, lambda: time.sleep(0.001)) for name in "abc"}
+    await asyncio.sleep(0)
+    client._items.extend(ending(["a", "b"]))
+    client._receive()
+    assert client._items
+    client._give_up("It has ended too often.")
+    assert [outputs[name].take().finish_reason for name in "ab"] == ["length", "length"]
+    with pytest.raises(EngineDeadError, match="too often"):
+        outputs["c"].take()
