@@ -40,12 +40,13 @@ serve: venv  ## serve MODEL=demo on PORT=3000 (any model; ARGS="--max-num-seqs 6
 chat: venv  ## talk to the server on PORT=3000
 	@$(BIN)/nanovllm-bento chat --base-url http://127.0.0.1:$(PORT) $(ARGS)
 
-# Tests that start servers mostly wait for them; the others run beside them on one core, and their output comes at the
-# end. Only PYTEST_ARGS may leave one of the two without a test (pytest's exit status 5).
+# Tests that start servers mostly wait for them; the others run beside them, and their output comes at the end. All
+# compute on one thread: two a process would spin for the cores that they share, and take twice as long. Only
+# PYTEST_ARGS may leave one of the two without a test (pytest's exit status 5).
 test: lint types  ## lint, types and all tests
 	@log=$$(mktemp) && trap 'rm -f $$log' EXIT; \
 	$(SUBMAKE) -k others kernels >$$log 2>&1 & beside=$$!; \
-	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS); status=$$?; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS); status=$$?; \
 	[ $$status != $(NO_TESTS) ] || status=0; \
 	wait $$beside || status=1; \
 	cat $$log; exit $$status
