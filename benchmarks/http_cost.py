@@ -53,7 +53,7 @@ class Load:
     max_tokens: int
 
 
-class Connection(asyncio.Protocol):
+class _Connection(asyncio.Protocol):
     """Sends one request after the other; the answers are only scanned for their end and their number of events."""
 
     def __init__(self, request: bytes, budget: list[int], stream: bool, done: asyncio.Future[None]) -> None:
@@ -103,20 +103,31 @@ class Connection(asyncio.Protocol):
             self.done.set_exception(RuntimeError(f"the connection ended early: {exc}"))
 
 
-async def _drive(port: int, load: Load) -> dict[str, Any]:
-    options = {"messages": MESSAGES, "stream": load.stream, "max_tokens": load.max_tokens, "seed": 1}
-    body = json.dumps({**options, "ignore_eos": True}).encode()
-    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    request += b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-    loop, budget = asyncio.get_running_loop(), [load.requests]
+def post(path: str, options: dict[str, Any]) -> bytes:
+    """A request as it goes over the wire."""
+    body = json.dumps(options).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def drive(port: int, request: bytes, *, total: int, concurrency: int, stream: bool) -> list[_Connection]:
+    """Send ``request`` ``total`` times over ``concurrency`` connections; returns these once all is answered."""
+    loop, budget = asyncio.get_running_loop(), [total]
     connections, ends = [], []
-    for _ in range(load.concurrency):
+    for _ in range(concurrency):
         done = loop.create_future()
-        connection = Connection(request, budget, load.stream, done)
+        connection = _Connection(request, budget, stream, done)
         await loop.create_connection(lambda c=connection: c, "127.0.0.1", port)
         connections.append(connection)
         ends.append(done)
     await asyncio.gather(*ends)
+    return connections
+
+
+async def _drive(port: int, load: Load) -> dict[str, Any]:
+    options = {"messages": MESSAGES, "stream": load.stream, "max_tokens": load.max_tokens, "seed": 1}
+    request = post("/v1/chat/completions", {**options, "ignore_eos": True})
+    connections = await drive(port, request, total=load.requests, concurrency=load.concurrency, stream=load.stream)
     return {
         "events": sum(c.num_events for c in connections),
         "latencies": [latency for c in connections for latency in c.latencies],

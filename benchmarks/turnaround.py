@@ -8,7 +8,6 @@ request of the next round reaches it, counted from that step. On a GPU this is t
 """
 
 import argparse
-import asyncio
 import json
 import os
 import socket
@@ -20,14 +19,13 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.http_cost import Connection, served
+from benchmarks.http_cost import drive, post, served
 from nanovllm_bento.bench import fake_engine
 from nanovllm_bento.bench.environment import environment, write_result
 
 _LOG, _SIZE = "TURNAROUND_LOG", "TURNAROUND_SIZE"
 _WARM_UP = 3  # rounds
-_TOKENS = 4
-BODY = {"prompt": list(range(100, 612)), "stream": True, "max_tokens": _TOKENS, "seed": 1, "ignore_eos": True}
+BODY = {"prompt": list(range(100, 612)), "stream": True, "max_tokens": 4, "seed": 1, "ignore_eos": True}
 
 
 class RoundEngine(fake_engine.FakeEngine):
@@ -55,19 +53,6 @@ class RoundEngine(fake_engine.FakeEngine):
         return items
 
 
-async def _drive(port: int, num_connections: int, num_rounds: int) -> None:
-    body = json.dumps(BODY).encode()
-    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    request += b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-    loop, ends = asyncio.get_running_loop(), []
-    for _ in range(num_connections):
-        done = loop.create_future()
-        connection = Connection(request, [num_rounds], True, done)
-        await loop.create_connection(lambda c=connection: c, "127.0.0.1", port)  # type: ignore[misc]
-        ends.append(done)
-    await asyncio.gather(*ends)
-
-
 def measure(num_connections: int, num_rounds: int) -> dict[str, float]:
     """Milliseconds, medians over the rounds, until the first, half and all requests of a round have come."""
     with socket.socket() as probe:
@@ -83,7 +68,8 @@ def measure(num_connections: int, num_rounds: int) -> dict[str, float]:
             _SIZE: str(num_connections),
         }
         with served("service:NanoVLLM", port, {"NANOVLLM_MODEL": "demo"} | settings):
-            uvloop.run(_drive(port, num_connections, num_rounds))
+            request, total = post("/v1/completions", BODY), num_connections * num_rounds
+            uvloop.run(drive(port, request, total=total, concurrency=num_connections, stream=True))
         rounds = [sorted(json.loads(line)) for line in log.read_text().splitlines()][_WARM_UP:]
     places = {"first": 0, "half": num_connections // 2, "last": num_connections - 1}
     return {

@@ -10,10 +10,9 @@ import time
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.block_manager import BlockManager
@@ -46,6 +45,8 @@ from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NAN = "The model's logits were not numbers (NaN)."
 _STEP_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -288,8 +289,7 @@ class EngineCore:
 
         Raises what another rank has failed with, RankError as a rule; nothing more can be computed then.
         """
-        with self._naming_the_cause():
-            return self._step()
+        return self._naming_the_cause(self._step)
 
     def capture_ahead(self) -> None:
         """Use a moment without work to make a later step faster, while ``may_capture``. It may take as long as a step.
@@ -298,19 +298,17 @@ class EngineCore:
         """
         assert not self.has_work
         try:
-            with self._naming_the_cause():
-                self.may_capture = self.runner.capture_ahead()
+            self.may_capture = self._naming_the_cause(self.runner.capture_ahead)
         except Exception:
             if self.ranks is not None:
                 raise  # they may be in the middle of it
             self.may_capture = False
             logger.warning("no more is captured ahead of the steps that need it", exc_info=True)
 
-    @contextmanager
-    def _naming_the_cause(self) -> Iterator[None]:
-        """Raises, instead of what a broken collective raises, what the other rank has failed with."""
+    def _naming_the_cause(self, run: Callable[[], T]) -> T:
+        """``run()``. Raises, instead of what a broken collective raises, what the other rank has failed with."""
         try:
-            yield
+            return run()
         except EngineDeadError:
             raise
         except Exception as error:

@@ -349,15 +349,23 @@ async def test_workers_learn_why_no_engine_comes_in_the_same_words(tmp_path):
     async with (
         connected(config, folder, engine_module=module) as one,
         connected(config, folder, engine_module=module) as two,
-        connected(config, folder, engine_module=module) as three,
     ):
         told = []
-        for client in (one, two, three):
+
+        async def learn(client: ProcessEngineClient) -> None:
             with pytest.raises(EngineDeadError, match="nothing-here") as caught:
                 await asyncio.wait_for(client.wait_ready(), 60)
             told.append(str(caught.value))
+
+        await learn(one)
+        await learn(two)
+        written = (folder / "failure").stat()
+        async with connected(config, folder, engine_module=module) as three:
+            await learn(three)
         assert len(set(told)) == 1
         assert (folder / "failure").read_text() == told[0]
+        found = (folder / "failure").stat()
+        assert (found.st_ino, found.st_mtime_ns) == (written.st_ino, written.st_mtime_ns), "it is written once"
 
 
 def test_an_engine_whose_service_has_ended_does_not_begin(tmp_path):
