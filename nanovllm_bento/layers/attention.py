@@ -12,7 +12,7 @@ from nanovllm_bento.kernels.attention.base import (
     FusingBackend,
     WholePromptBackend,
 )
-from nanovllm_bento.kernels.few_rows import FewRows
+from nanovllm_bento.kernels.products import FewRows
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, qk_norm_rope_store
 from nanovllm_bento.layers.linear import MergedLinear
 from nanovllm_bento.layers.norm import RMSNorm
@@ -59,10 +59,15 @@ class Attention(nn.Module):
         self.backend: AttentionBackend | None = None
 
     def forward(
-        self, x: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
+        self,
+        x: Tensor,
+        step: RopeStoreStep,
+        kv_cache: tuple[Tensor, Tensor],
+        meta: AttentionMetadata,
+        last: Tensor | None = None,
     ) -> Tensor:
-        """x: [num_tokens, hidden_size] -> the same shape. Writes this step's keys and values into kv_cache."""
-        out: Tensor = self.out(self.attend(self.qkv(x), step, kv_cache, meta))
+        """x: [num_tokens, hidden_size] -> the same shape; with last as ``attend`` says."""
+        out: Tensor = self.out(self.attend(self.qkv(x), step, kv_cache, meta, last))
         return out
 
     def forward_by(
@@ -76,49 +81,31 @@ class Attention(nn.Module):
         """``forward`` for a decode step; returns what ``MergedLinear.parts_by`` does."""
         return self.out.parts_by(products, self.attend(self.qkv.forward_by(products, x), step, kv_cache, meta))
 
-    def forward_last(
+    def attend(
         self,
-        x: Tensor,
+        qkv: Tensor,
         step: RopeStoreStep,
         kv_cache: tuple[Tensor, Tensor],
-        last: Tensor,
         meta: AttentionMetadata,
+        last: Tensor | None = None,
     ) -> Tensor:
-        """``forward``'s output of tokens ``last`` alone, [len(last), hidden_size]; keys and values of all are written.
+        """qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim].
 
-        last, meta: what ``AttentionMetadata.last_tokens`` makes of the step's metadata.
+        Writes this step's keys and values into kv_cache. With last, [num_rows], only these tokens attend, but all are
+        written; last and meta are then what ``AttentionMetadata.last_tokens`` makes of the step's metadata.
         """
         assert self.backend is not None, "set_attention_backend comes first"
-        norm, scales = (self.head_norm_weight, self.eps), (self.k_scale, self.v_scale)
-        q = qk_norm_rope_store(self.qkv(x), step, *kv_cache, self.num_heads, *norm, *scales)
-        attended = self.backend.forward(q.index_select(0, last), *kv_cache, meta, self.scale, *scales)
-        out: Tensor = self.out(attended.flatten(1))
-        return out
-
-    def attend(
-        self, qkv: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
-    ) -> Tensor:
-        """qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim]."""
-        assert self.backend is not None, "set_attention_backend comes first"
         k_cache, v_cache = kv_cache
+        norm, scales = (self.head_norm_weight, self.eps), (self.k_scale, self.v_scale)
+        if last is not None:
+            q = qk_norm_rope_store(qkv, step, k_cache, v_cache, self.num_heads, *norm, *scales)
+            out = self.backend.forward(q.index_select(0, last), k_cache, v_cache, meta, self.scale, *scales)
+            return out.flatten(1)
         if self.backend.fuses_decode and not meta.has_prefill_rows:
             fused = cast(FusingBackend, self.backend)
-            out = fused.decode_from_qkv(
-                qkv,
-                step,
-                k_cache,
-                v_cache,
-                meta,
-                self.scale,
-                self.num_heads,
-                self.head_norm_weight,
-                self.eps,
-                self.k_scale,
-                self.v_scale,
-            )
+            out = fused.decode_from_qkv(qkv, step, k_cache, v_cache, meta, self.scale, self.num_heads, *norm, *scales)
             return out.flatten(1)
         whole = meta.whole_prompts and self.backend.reads_whole_prompts
-        norm, scales = (self.head_norm_weight, self.eps), (self.k_scale, self.v_scale)
         q = qk_norm_rope_store(qkv, step, k_cache, v_cache, self.num_heads, *norm, *scales, keep=whole)
         if whole:
             heads = qkv.view(len(qkv), -1, q.shape[-1])[:, self.num_heads :]

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from nanovllm_bento.kernels.few_rows import FewRows
 from nanovllm_bento.kernels.linear import linear, pack_weight
+from nanovllm_bento.kernels.products import FewRows
 from nanovllm_bento.layers.weight_spec import Shard, WeightSpec, meta_parameter, whole
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.moe import experts_mlp, route
+from nanovllm_bento.kernels.products import FusedProducts
 from nanovllm_bento.layers.linear import MergedLinear
 from nanovllm_bento.layers.mlp import MLP
 from nanovllm_bento.layers.norm import RMSNorm
@@ -77,7 +78,7 @@ class MoEMLP(MLP):
         """x: [num_tokens, hidden_size] -> this rank's partial sum of the same shape."""
         return self._experts(x, None)
 
-    def forward_fused(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    def forward_fused(self, products: FusedProducts, hidden: Tensor, norm: RMSNorm) -> Tensor:
         """hidden + mlp(norm(hidden)), the addition inside the experts' sum; in a group of one."""
         x, residual = norm(hidden, None)
         return self._experts(x, residual)

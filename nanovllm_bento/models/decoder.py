@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.activation import silu_and_mul
 from nanovllm_bento.kernels.attention.base import AttentionBackend, AttentionMetadata
-from nanovllm_bento.kernels.few_rows import FewRows, choose_products
-from nanovllm_bento.kernels.norm import rms_norm
+from nanovllm_bento.kernels.products import FewRows, FusedProducts, choose_fused, choose_products
 from nanovllm_bento.kernels.rope_store import RopeStoreStep, make_step
 from nanovllm_bento.layers.attention import Attention
 from nanovllm_bento.layers.embedding import LMHead, TokenEmbedding
@@ -43,10 +41,10 @@ class GatedMLP(MLP):
         out: Tensor = self.down(silu_and_mul(self.gate_up(x)))
         return out
 
-    def forward_fused(self, hidden: Tensor, norm: RMSNorm) -> Tensor:
+    def forward_fused(self, products: FusedProducts, hidden: Tensor, norm: RMSNorm) -> Tensor:
         assert self.gate_up.weight is not None and self.down.weight is not None
-        x = skinny.norm_gate_up(hidden, norm.weight, norm.eps, self.gate_up.weight)
-        return skinny.linear_add(x, self.down.weight, None, hidden)
+        x = products.norm_gate_up(hidden, norm.weight, norm.eps, self.gate_up.weight)
+        return products.linear_add(x, self.down.weight, None, hidden)
 
     def forward_by(self, products: FewRows, x: Tensor) -> Tensor:
         assert self.gate_up.weight is not None
@@ -91,29 +89,16 @@ class DecoderLayer(nn.Module):
         step: RopeStoreStep,
         kv_cache: tuple[Tensor, Tensor],
         meta: AttentionMetadata,
+        last: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x: the block before's output, [num_tokens, hidden_size], not yet added to residual (same shape).
 
-        In a group of several ranks it is a partial sum, as what is returned. residual None: x is the embedding.
+        In a group of several ranks it is a partial sum, as what is returned. residual None: x is the embedding. With
+        last what is returned is that of these tokens alone (see ``Attention.attend``).
         """
         x, residual = self.input_norm(x, residual)
-        x = self.attention(x, step, kv_cache, meta)
-        x, residual = self.post_attention_norm(x, residual)
-        return self.mlp(x), residual
-
-    def forward_last(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        step: RopeStoreStep,
-        kv_cache: tuple[Tensor, Tensor],
-        last: Tensor,
-        meta: AttentionMetadata,
-    ) -> tuple[Tensor, Tensor]:
-        """``forward`` of the last layer, where only tokens ``last`` are wanted (see ``Attention.forward_last``)."""
-        x, residual = self.input_norm(x, residual)
-        x = self.attention.forward_last(x, step, kv_cache, last, meta)
-        x, residual = self.post_attention_norm(x, residual.index_select(0, last))
+        x = self.attention(x, step, kv_cache, meta, last)
+        x, residual = self.post_attention_norm(x, residual if last is None else residual.index_select(0, last))
         return self.mlp(x), residual
 
     def forward_by(
@@ -132,18 +117,26 @@ class DecoderLayer(nn.Module):
         return self.mlp.forward_by(products, x), residual
 
     def forward_fused(
-        self, hidden: Tensor, step: RopeStoreStep, kv_cache: tuple[Tensor, Tensor], meta: AttentionMetadata
+        self,
+        products: FusedProducts,
+        hidden: Tensor,
+        step: RopeStoreStep,
+        kv_cache: tuple[Tensor, Tensor],
+        meta: AttentionMetadata,
+        last: Tensor | None = None,
     ) -> Tensor:
-        """``forward`` for a handful of tokens in a group of one: norms, activation and residual adds in the products.
+        """``forward`` in a group of one, norms, activation and residual adds left to the products.
 
         hidden: the residual stream, [num_tokens, hidden_size], everything before added; it is overwritten.
         """
         qkv, out = self.attention.qkv, self.attention.out
         assert qkv.weight is not None and out.weight is not None
-        x = skinny.norm_linear(hidden, self.input_norm.weight, self.input_norm.eps, qkv.weight, qkv.bias)
-        x = self.attention.attend(x, step, kv_cache, meta)
-        hidden = skinny.linear_add(x, out.weight, out.bias, hidden)
-        return self.mlp.forward_fused(hidden, self.post_attention_norm)
+        x = products.norm_linear(hidden, self.input_norm.weight, self.input_norm.eps, qkv.weight, qkv.bias)
+        x = self.attention.attend(x, step, kv_cache, meta, last)
+        if last is not None:
+            hidden = hidden.index_select(0, last)
+        hidden = products.linear_add(x, out.weight, out.bias, hidden)
+        return self.mlp.forward_fused(products, hidden, self.post_attention_norm)
 
     def weight_specs(self, prefix: str) -> Iterator[WeightSpec]:
         yield from self.input_norm.weight_specs(f"{prefix}input_layernorm")
@@ -223,29 +216,25 @@ class DecoderForCausalLM(nn.Module):
         torch.inference_mode().
         """
         step = make_step(self.rotary.table, positions, meta.slot_mapping)
-        products = None
+        fused = products = None
         if self.fusable:
-            shape = len(input_ids), self.dtype, input_ids.device, self.config.hidden_size
-            products = choose_products(*shape, ranks=self.group.size)
-        layers = self._layers
-        last_only &= meta.has_prefill_rows  # decode rows have no other tokens
-        if products is skinny and self.group.size == 1:
-            hidden = self.embed(input_ids)
-            for layer, kv_cache in zip(layers, kv_caches, strict=True):
-                hidden = layer.forward_fused(hidden, step, kv_cache, meta)
-            normed = rms_norm(hidden, self.norm.weight, self.norm.eps)
-            return normed.index_select(0, meta.last_tokens()[0]) if last_only else normed
+            shape = len(input_ids), self.dtype, input_ids.device
+            fused = choose_fused(*shape, self.config.hidden_size, ranks=self.group.size)
+            products = None if fused else choose_products(*shape, self.config.hidden_size, ranks=self.group.size)
         assert self.attention_backend is not None, "set_attention_backend comes first"
-        x, residual = self.embed(input_ids), None
-        for layer, kv_cache in zip(layers, kv_caches, strict=True):
-            if last_only and layer is layers[-1]:
+        last_only &= meta.has_prefill_rows  # decode rows have no other tokens
+        last = residual = None
+        x = self.embed(input_ids)
+        for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
+            if last_only and layer is self.layers[-1]:
                 last, meta = meta.last_tokens()
                 self.attention_backend.prepare(meta)
-                x, residual = layer.forward_last(x, residual, step, kv_cache, last, meta)
-            elif products is None:
-                x, residual = layer(x, residual, step, kv_cache, meta)
-            else:
+            if fused is not None:
+                x = layer.forward_fused(fused, x, step, kv_cache, meta, last)
+            elif products is not None and last is None:
                 x, residual = layer.forward_by(products, x, residual, step, kv_cache, meta)
+            else:
+                x, residual = layer(x, residual, step, kv_cache, meta, last)
         out: Tensor = self.norm(x, residual)[0]
         return out
 

@@ -84,15 +84,15 @@ def _serve(rank: int, folder: Path, pipe: Connection) -> None:
         group.close()
 
 
-def generate(group: ParallelGroup, source: Path, skinny: bool = False) -> tuple[np.ndarray, list[int]]:
+def generate(group: ParallelGroup, source: Path, products: str | None = None) -> tuple[np.ndarray, list[int]]:
     """Logits of PROMPT and NUM_NEW greedy tokens after it, float32 [num_tokens, vocab_size], and those tokens.
 
-    skinny: as steps of few rows run on a GPU, by the references of those kernels.
+    products: the module of nanovllm_bento.kernels that all steps use, as some do on a GPU, with its references.
     """
     config = read_config(source)
     with ExitStack() as stack:
-        if skinny:
-            stack.enter_context(patch("nanovllm_bento.kernels.skinny.supports", lambda rows, *_: True))
+        if products is not None:
+            stack.enter_context(patch(f"nanovllm_bento.kernels.{products}.supports", lambda rows, *_: True))
             for module in ("linear", "embedding"):
                 stack.enter_context(patch(f"nanovllm_bento.layers.{module}.pack_weight", lambda weight: None))
         model = load_model(config, source, dtype=torch.float32, group=group)

@@ -120,9 +120,16 @@ def test_decode_and_prefill_rows_in_one_step_do_not_touch_each_other(qwen3: tupl
         assert_close(logits, reference_logits(reference, whole)[-len(tokens) :])
 
 
+@pytest.mark.parametrize("products", [None, "skinny", "many_rows"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_tokens_alone_equal_those_of_the_whole_step(family: str, tmp_path: Path) -> None:
+def test_the_last_tokens_alone_equal_those_of_the_whole_step(
+    family: str, products: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decode rows, a prompt, a prompt's second chunk; and the keys and values that the step leaves are the same."""
+    if products is not None:  # as on a GPU
+        monkeypatch.setattr(f"nanovllm_bento.kernels.{products}.supports", lambda rows, *_: True)
+        for module in ("linear", "embedding"):
+            monkeypatch.setattr(f"nanovllm_bento.layers.{module}.pack_weight", lambda weight: None)
     folder = make_tiny(family, tmp_path)
     runners = Runner(folder, num_seqs=4), Runner(folder, num_seqs=4)
     rows = [(0, [100], 9), (1, [101], 20), (2, PROMPT[5:25], 0), (3, PROMPT[18:], 18)]

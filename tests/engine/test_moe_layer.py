@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanovllm_bento.errors import ConfigError
+from nanovllm_bento.kernels import skinny
 from nanovllm_bento.layers.moe import ExpertNames, MoEMLP
 from nanovllm_bento.layers.norm import RMSNorm
 from nanovllm_bento.layers.parallel import ParallelGroup
@@ -79,7 +80,7 @@ def test_the_residual_is_added_in_the_fused_form(x: torch.Tensor) -> None:
     allocate(norm, list(norm.weight_specs("norm")), CPU)
     norm.weight.data.uniform_(0.5, 1.5)
     wanted = x + layer(norm(x, None)[0])
-    assert (layer.forward_fused(x.clone(), norm) - wanted).abs().max() < 1e-5
+    assert (layer.forward_fused(skinny, x.clone(), norm) - wanted).abs().max() < 1e-5
 
 
 def test_more_ranks_than_experts_are_refused_by_name() -> None:

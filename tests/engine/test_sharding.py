@@ -92,15 +92,22 @@ def test_ranks_compute_what_one_rank_computes_from_a_gguf_file(
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_bias"])
 def test_steps_of_few_rows_compute_the_same(family: str, ranks: Ranks, make: Make) -> None:
     source = make(family)
-    assert_equal_to_one_rank(ranks.run(2, generate, source, True), source)
-    assert_equal_to_one_rank([generate(SINGLE, source, skinny=True)], source)
+    assert_equal_to_one_rank(ranks.run(2, generate, source, "skinny"), source)
+    assert_equal_to_one_rank([generate(SINGLE, source, "skinny")], source)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_bias"])
+def test_steps_of_many_rows_compute_the_same(family: str, ranks: Ranks, make: Make) -> None:
+    source = make(family)
+    assert_equal_to_one_rank(ranks.run(2, generate, source, "many_rows"), source)
+    assert_equal_to_one_rank([generate(SINGLE, source, "many_rows")], source)
 
 
 def test_an_mlp_without_forms_of_its_own_for_few_rows_computes_the_same(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(GatedMLP, "forward_fused", MLP.forward_fused)
-    assert_equal_to_one_rank([generate(SINGLE, make("qwen3"), skinny=True)], make("qwen3"))
+    assert_equal_to_one_rank([generate(SINGLE, make("qwen3"), "skinny")], make("qwen3"))
 
 
 @pytest.mark.parametrize("size", SIZES)
