@@ -33,6 +33,7 @@ from nanovllm_bento.kernels.attention.flash_backend import FlashAttention
 from nanovllm_bento.kernels.attention.prefill_triton import PrefillConfig
 from nanovllm_bento.kernels.attention.prefill_triton import choose_config as choose_prefill
 from nanovllm_bento.kernels.attention.triton_backend import TritonAttention
+from nanovllm_bento.kernels.launch import num_sms
 from nanovllm_bento.kernels.rope_store import make_step, qk_norm_rope_store
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 8, 128, 16
@@ -181,7 +182,7 @@ def make_flash() -> FlashAttention | str:
 def fused_configs(kv: str, case: str) -> list[DecodeConfig]:
     """The default first."""
     num_rows = len(DECODE_CASES[case])
-    default = choose_decode(HEAD_DIM, KV_DTYPES[kv], BF16, num_rows, KV_HEADS)
+    default = choose_decode(HEAD_DIM, KV_DTYPES[kv], BF16, num_rows, KV_HEADS, num_sms(CUDA))
     changes = FUSED_FEW if num_rows <= 16 else FUSED_MANY
     return [default, *(replace(default, **change) for change in [{"prefetch": not default.prefetch}, *changes])]
 
@@ -372,7 +373,9 @@ def report(sweep: Sweep, top: int = 8) -> None:
         if key[0] == "prefill":
             chosen: Any = choose_prefill(HEAD_DIM, HEADS // KV_HEADS, KV_DTYPES[key[1]], BF16)
         else:
-            chosen = choose_decode(HEAD_DIM, KV_DTYPES[key[1]], BF16, len(DECODE_CASES[key[2]]), KV_HEADS)
+            chosen = choose_decode(
+                HEAD_DIM, KV_DTYPES[key[1]], BF16, len(DECODE_CASES[key[2]]), KV_HEADS, num_sms(CUDA)
+            )
         default = short(asdict(chosen))
         print(f"\n{' '.join(key)}")
         done = sorted((r for r in results if "seconds" in r), key=lambda r: r["seconds"])
@@ -420,7 +423,7 @@ def main() -> None:
     sweep = Sweep(args.seconds - (time.monotonic() - started))
     for kv in kinds:
         for case in DECODE_CASES:
-            chosen = choose_decode(HEAD_DIM, KV_DTYPES[kv], BF16, len(DECODE_CASES[case]), KV_HEADS)
+            chosen = choose_decode(HEAD_DIM, KV_DTYPES[kv], BF16, len(DECODE_CASES[case]), KV_HEADS, num_sms(CUDA))
             sweep.decode(case, kv, [chosen, *TILES], with_flash=True)
         for case in FUSED_CASES:
             sweep.fused(case, kv)

@@ -196,7 +196,7 @@ def test_fused_decode_on_an_fp8_cache(heads: int, kv_heads: int, head_dim: int, 
     assert_fused_right(backend("triton", **shape), fused)
 
 
-@pytest.mark.parametrize("num_rows", [1, 16, 64, 300])
+@pytest.mark.parametrize("num_rows", [1, 16, 64, 90, 130, 250, 300])
 @pytest.mark.parametrize("kv_dtype", [BF16, FP8])
 def test_fused_decode_of_many_rows(num_rows: int, kv_dtype: torch.dtype) -> None:
     shape = {"heads": 16, "kv_heads": 8, "head_dim": 128, "dtype": BF16, "kv_dtype": kv_dtype}

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from nanovllm_bento.kernels.attention.decode_triton import DecodeConfig, choose_config, choose_splits
+from nanovllm_bento.kernels.attention.decode_triton import MANY_PAIRS, DecodeConfig, choose_config, choose_splits
 from nanovllm_bento.kernels.attention.prefill_triton import PrefillConfig
 from nanovllm_bento.kernels.attention.triton_backend import TritonAttention
 from tests.kernels.attention_checks import (
@@ -132,10 +132,23 @@ def test_splits_follow_from_what_a_graph_fixes() -> None:
 def test_few_rows_are_split_and_many_are_not(kv_dtype: torch.dtype) -> None:
     splits = {}
     for rows in (1, 16, 64, 256):
-        config = choose_config(128, kv_dtype, torch.bfloat16, rows, 8)
+        config = choose_config(128, kv_dtype, torch.bfloat16, rows, 8, 132)
         splits[rows] = choose_splits(config, rows, 8, 4096, 132)[0]
     assert splits[1] * 8 >= 132
     assert splits[1] > splits[16] > splits[64] == splits[256] == 1
+
+
+def test_a_last_wave_of_few_programs_is_avoided() -> None:
+    """Rows of 8 heads on 132 multiprocessors, which hold so many programs of each configuration at once."""
+    held = {(config.block_n, config.num_warps): count for count, config in MANY_PAIRS}
+    waves = {}
+    for rows in (80, 112, 128, 192, 224, 256, 512):
+        config = choose_config(128, torch.bfloat16, torch.bfloat16, rows, 8, 132)
+        waves[rows] = rows * 8 / 132 / held[config.block_n, config.num_warps]
+    assert max(waves[rows] for rows in (80, 112, 128, 192)) <= 1
+    for rows in (224, 256, 512):
+        assert waves[rows] % 1 > 0.5, f"{rows} rows are {waves[rows]:.2f} waves"
+    assert choose_config(64, torch.bfloat16, torch.bfloat16, 256, 8, 132).block_n == 32, "not measured there"
 
 
 FUSED_LENGTHS = [33, 1, 0, 16, 17, 70]

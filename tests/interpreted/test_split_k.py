@@ -47,7 +47,7 @@ def test_a_shape_without_a_measured_configuration_is_left_to_the_plain_product()
 def test_every_tuned_configuration_cuts_its_shape_without_rest():
     for (operation, rows, n, k), config in split_k.TUNED.items():
         assert split_k.suits(config, n, k), (operation, n, k)
-        assert split_k.MIN_ROWS <= rows <= split_k.MAX_ROWS and rows & (rows - 1) == 0
+        assert split_k.MIN_ROWS <= rows <= split_k.MAX_ROWS and rows in split_k.ROWS
         assert config.splits == 1 or operation == "linear_parts"
 
 
@@ -59,10 +59,12 @@ def test_which_steps_are_supported(rows, supported):
     assert not split_k.supports(rows, torch.bfloat16, torch.device("cpu"))
 
 
-def test_rows_are_rounded_up_to_a_power_of_two():
+def test_rows_are_rounded_up_to_those_that_were_measured():
     choose = split_k.choose_config
     shape = ("linear_parts", 1024, 3072)
     operation, n, k = shape
-    assert choose(operation, 33, n, k) is choose(operation, 64, n, k) is split_k.TUNED[operation, 64, n, k]
+    assert choose(operation, 41, n, k) is choose(operation, 64, n, k) is split_k.TUNED[operation, 64, n, k]
     assert choose(operation, 17, n, k) is split_k.TUNED[operation, 32, n, k]
     assert choose(operation, 64, n + 1, k) is None
+    for rows in (33, 65, 129, 257):
+        assert choose(operation, rows, n, k) is None, "few of a tile's rows would be filled"

@@ -55,6 +55,13 @@ class DecodeConfig:
     late: bool = False
 
 
+MANY_PAIRS: list[tuple[int, DecodeConfig]] = [
+    (6, DecodeConfig(block_n=32, num_warps=2, num_stages=2, prefetch=True)),
+    (12, DecodeConfig(block_n=16, num_warps=1, num_stages=2, prefetch=True)),
+    (8, DecodeConfig(block_n=16, num_warps=2, num_stages=3, prefetch=True)),
+]
+"""(programs that a multiprocessor's registers hold, configuration), for heads of 65 to 128 dimensions in 16 bits."""
+
 MAX_SPLITS = 128
 E4M3_SHIFT = 256.0
 """What _e4m3_pair divides by: 2 to the difference of float16's and e4m3's exponent bias."""
@@ -62,12 +69,13 @@ E4M3_SHIFT = 256.0
 
 @cache
 def choose_config(
-    head_dim: int, kv_dtype: torch.dtype, dtype: torch.dtype, num_rows: int, kv_heads: int
+    head_dim: int, kv_dtype: torch.dtype, dtype: torch.dtype, num_rows: int, kv_heads: int, sms: int
 ) -> DecodeConfig:
     """The configuration for a case, from what is fixed in a CUDA graph.
 
     Measured on an H100 with 8 KV heads of 128 (benchmarks/attention_tune.py). Few rows: short splits of one tile, whose
-    loads all go out at once. Many: small programs without splits, several of which share a multiprocessor.
+    loads all go out at once. Many: small programs without splits, several of which share a multiprocessor, cut so that
+    their last wave is nearly a full one.
     """
     wide = head_dim > 128
     if dtype == torch.float32:
@@ -78,11 +86,21 @@ def choose_config(
         config = DecodeConfig(num_stages=3, programs_per_sm=2, min_chunk=64, prefetch=True)
     elif pairs < 256:
         config = DecodeConfig(programs_per_sm=8, prefetch=True) if fp8 else DecodeConfig(num_warps=2, prefetch=True)
+    elif pairs > 4 * sms and 64 < head_dim <= 128 and not fp8:
+        config = min(MANY_PAIRS, key=lambda held: _waste(pairs / sms / held[0]))[1]
     elif pairs < 1024:
         config = DecodeConfig()
     else:
         config = DecodeConfig(block_n=32, num_warps=2, num_stages=3 if fp8 else 2)
     return replace(config, block_n=config.block_n // 2 if wide else config.block_n, late=num_rows >= split_k.MIN_ROWS)
+
+
+def _waste(waves: float) -> float:
+    """How much longer ``waves`` of programs that take equally long may run than their reads alone would.
+
+    The last wave may be all but empty, and a program alone is bound by latency: it takes nearly as long as a full one.
+    """
+    return 1.0 if waves <= 1 else ceil(waves) / waves
 
 
 @cache

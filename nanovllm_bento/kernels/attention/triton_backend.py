@@ -170,5 +170,5 @@ class TritonAttention:
     def _plan(self, meta: AttentionMetadata) -> "tuple[DecodeConfig, tuple[int, int]]":
         """The decode rows' configuration and splits."""
         rows, kv_heads = meta.num_decode_rows, self.num_kv_heads
-        config = self.decode_config or self._choose_config(*self._case, rows, kv_heads)
+        config = self.decode_config or self._choose_config(*self._case, rows, kv_heads, self._sms)
         return config, self._choose_splits(config, rows, kv_heads, meta.max_seq_len, self._sms)
