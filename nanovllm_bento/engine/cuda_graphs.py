@@ -191,8 +191,9 @@ class PromptGraphs:
         return PromptShape(tokens, rows, -(-longest // self.block_size), whole)
 
     def likely(self, *, whole: bool, later_turns: bool) -> list[PromptShape]:
-        """Buckets that steps may well need, in the order to capture them in: largest first, which takes least memory.
+        """Buckets that steps may well need, in the order to capture them in.
 
+        The largest comes first, so that the others fit into its memory; then steps of few prompts, large ones first.
         Prompts are taken to have 16 tokens or more; whole: attention reads them as whole prompts. later_turns: some
         will find their start in the prefix cache; of these, one a step, of up to 1,024 new tokens.
         """
@@ -206,7 +207,12 @@ class PromptGraphs:
             lens = [n for n in sizes if n <= min(_LATER_TOKENS, self.max_model_len)]
             found += [self.shape(n, 1, min(context, self.max_model_len)) for n in lens for context in _LATER_CONTEXTS]
         shapes = {shape for shape in found if shape is not None}
-        return sorted(shapes, key=lambda shape: (shape.whole == whole, shape), reverse=True)[:_MAX_LIKELY]
+        largest = max(shapes)
+
+        def order(shape: PromptShape) -> tuple[bool, bool, int, int, int]:
+            return shape != largest, shape.whole != whole, shape.num_rows, -shape.num_tokens, -shape.num_blocks
+
+        return sorted(shapes, key=order)[:_MAX_LIKELY]
 
     def __contains__(self, shape: PromptShape) -> bool:
         """Whether it was captured, or tried to."""

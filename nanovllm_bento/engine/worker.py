@@ -43,7 +43,7 @@ _RECEIVE_SECONDS = 0.001
 """Time for messages between two steps, at most: thousands of requests at once must not hold up those that run. On a GPU
 it costs nothing, as the step before is still computed."""
 _IDLE_SECONDS = 0.5
-"""Without work, before the engine captures graphs ahead: between two requests of one client is no time for that."""
+"""After work, before the engine captures graphs ahead: between two requests of one client is no time for that."""
 
 
 class EngineServer:
@@ -55,7 +55,7 @@ class EngineServer:
             core, socket, epoch, heartbeat_interval, add=self._add, requests_of=self._requests_of
         )
         self.drain_until: float | None = None
-        self._idle_at = time.monotonic() + _IDLE_SECONDS
+        self._idle_at = time.monotonic()  # before the first request is the best time to capture graphs
 
     def drain(self, seconds: float) -> None:
         """Take no more requests, and end when those that run have finished or ``seconds`` are over."""

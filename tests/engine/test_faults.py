@@ -334,7 +334,7 @@ def test_draining_finishes_what_runs_and_leaves_what_comes_to_the_next_engine(wi
     assert not wire.items["new"]
 
 
-def test_graphs_are_captured_once_nothing_has_run_for_a_while(wire, monkeypatch):
+def test_graphs_are_captured_before_the_first_request_and_once_nothing_has_run_for_a_while(wire, monkeypatch):
     monkeypatch.setattr(worker, "_IDLE_SECONDS", 0.05)
     wire = wire()
     server, core, runner = wire.server, wire.core, wire.core.runner
@@ -344,6 +344,10 @@ def test_graphs_are_captured_once_nothing_has_run_for_a_while(wire, monkeypatch)
     monkeypatch.setattr(core, "step", lambda: steps.append(time.monotonic()) or step())
     monkeypatch.setattr(runner, "capture_ahead", lambda: captured.append(time.monotonic()) or capture())
     monkeypatch.setattr(runner, "num_to_capture", 10**6)
+    core.may_capture = True
+    for _ in range(3):
+        server.run_once()
+    assert len(captured) == 3
     for name in ("a", "b"):  # the second comes while there is still something to capture
         wire.send(request(name, [2, 3], 30))
         wire.pass_until(lambda: core.has_work)
