@@ -33,6 +33,12 @@ class FewRows(Protocol):
     def gate_up(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
 
+class HeadProduct(Protocol):
+    """A module with a product that can write its result where it is wanted."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor: ...
+
+
 def choose_fused(
     rows: int, dtype: torch.dtype, device: torch.device, hidden_size: int, ranks: int
 ) -> FusedProducts | None:
@@ -51,3 +57,11 @@ def choose_products(
     if skinny.supports(rows, dtype, device, hidden_size):
         return skinny
     return split_k if ranks == 1 and split_k.supports(rows, dtype, device) else None
+
+
+def choose_head(rows: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> HeadProduct | None:
+    """For an LM head [n, k]. None: nothing better than kernels/linear.py."""
+    if rows <= skinny.VECTOR_ROWS and skinny.supports(rows, dtype, device):
+        return skinny
+    tuned = split_k.supports(rows, dtype, device) and split_k.choose_config("linear", rows, n, k) is not None
+    return split_k if tuned else None

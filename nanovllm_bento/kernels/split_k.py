@@ -47,6 +47,7 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
     ("linear_parts", 64, 1024, 2048): Config(64, 32, 128, 2, 4, 4, True),
     ("gate_up", 64, 3072, 1024): Config(64, 16, 128, 1, 4, 4, True),
     ("linear_parts", 64, 1024, 3072): Config(64, 64, 128, 8, 4, 4, True),
+    ("linear", 64, 151936, 1024): Config(64, 128, 64, 1, 6, 8, False),
     ("linear", 128, 4096, 1024): Config(128, 32, 64, 1, 6, 4, True),
     ("linear_parts", 128, 1024, 2048): Config(128, 32, 64, 4, 6, 8, False),
     ("gate_up", 128, 3072, 1024): Config(128, 32, 64, 1, 6, 8, True),
@@ -59,7 +60,7 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
 }
 """(operation, rows rounded up to one of ROWS, n, k) -> measured best in a chain of layers.
 
-16-bit numbers, an H100 (benchmarks/split_k_tune.py; from which row on, and 256's "linear": in the engine)."""
+16-bit numbers, an H100 (benchmarks/split_k_tune.py; the bounds, 256's "linear" and the LM head: in the engine)."""
 
 
 def supports(rows: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -72,15 +73,18 @@ def supports(rows: int, dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | None = None, out: Tensor | None = None
+) -> Tensor:
     """x @ weight.T + bias, rounded once; x: [rows, k], its rows may be apart, weight: [n, k], bias: [n].
 
-    Returns [rows, n]. config (with one split) is chosen by the shape if not given.
+    Returns [rows, n], in ``out`` (contiguous) if given. config (with one split) is chosen by the shape if not given.
     """
     config = config or choose_config("linear", x.shape[0], *weight.shape)
     if config is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    return _launch("linear", x, weight, bias, config)[0]
+        found = torch.nn.functional.linear(x, weight, bias)
+        return found if out is None else out.copy_(found)
+    return _launch("linear", x, weight, bias, config, out)[0]
 
 
 def linear_parts(x: Tensor, weight: Tensor, bias: Tensor | None, *, config: Config | None = None) -> Tensor:
@@ -99,12 +103,15 @@ def gate_up(x: Tensor, weight: Tensor, *, config: Config | None = None) -> Tenso
     return _launch("gate_up", x, weight, None, config)[0]
 
 
-def _launch(operation: str, x: Tensor, weight: Tensor, bias: Tensor | None, config: Config) -> Tensor:
+def _launch(
+    operation: str, x: Tensor, weight: Tensor, bias: Tensor | None, config: Config, out: Tensor | None = None
+) -> Tensor:
     from nanovllm_bento.kernels.split_k_triton import launch
 
     n = weight.shape[0] // 2 if is_gated(operation) else weight.shape[0]
     dtype = torch.float32 if operation == "linear_parts" else x.dtype
-    return launch(operation, x, weight, x.new_empty(config.splits, x.shape[0], n, dtype=dtype), config, bias)
+    parts = x.new_empty(config.splits, x.shape[0], n, dtype=dtype) if out is None else out[None]
+    return launch(operation, x, weight, parts, config, bias)
 
 
 def suits(config: Config, n: int, k: int) -> bool:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nanovllm_bento.kernels import skinny
 from nanovllm_bento.kernels.embedding import embedding
 from nanovllm_bento.kernels.linear import linear, pack_weight
+from nanovllm_bento.kernels.products import choose_head
 from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
 from nanovllm_bento.layers.weight_spec import WeightSpec, meta_parameter, split, whole
 
@@ -63,10 +63,11 @@ class LMHead(nn.Module):
         the sampler widens as it reads; on a CPU in float32.
         """
         weight = embed.rows if self.tied else self.weight
-        few = len(hidden) <= skinny.VECTOR_ROWS and not self.batch_invariant
-        if few and skinny.supports(len(hidden), hidden.dtype, hidden.device):
+        shape = len(hidden), self.shard.length, self.hidden.size
+        products = None if self.batch_invariant else choose_head(*shape, hidden.dtype, hidden.device)
+        if products is not None:
             assert weight is not None
-            logits = skinny.linear(hidden, weight, None, out=out)
+            logits = products.linear(hidden, weight, None, out=out)
         else:
             logits = linear(hidden, weight, None, self.packed, batch_invariant=self.batch_invariant, out=out)
         return logits if logits.is_cuda else logits.float()

@@ -41,7 +41,7 @@ def test_every_tuned_configuration_equals_float64(entry):
         checks.check_equals_float64(operation, m, n, k, torch.bfloat16, DEVICE, split_k.TUNED[entry])
 
 
-@pytest.mark.parametrize("m", [20, 64, 128])
+@pytest.mark.parametrize("m", [20, 64, 128, 256])
 def test_a_chain_in_a_graph_with_dependent_launch_is_bit_equal_to_one_without(m):
     """Twelve layers whose residual is rewritten in place: a kernel that ran ahead of its input would change a bit."""
     from nanovllm_bento.kernels.split_k_triton import launch

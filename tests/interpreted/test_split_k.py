@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nanovllm_bento.kernels import split_k
+from nanovllm_bento.kernels import skinny, split_k
+from nanovllm_bento.kernels.products import choose_head
 from nanovllm_bento.kernels.split_k import Config
 from tests.kernels import split_k_checks as checks
 from tests.kernels.skinny_checks import make_inputs, relative_error, wanted64
@@ -42,6 +43,26 @@ def test_a_shape_without_a_measured_configuration_is_left_to_the_plain_product()
         found = run(x, weight) if bias is None else run(x, weight, bias)
         assert found.shape == (20, 24)
         assert relative_error(found, wanted64(inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("config", [WHOLE, None])
+def test_a_product_is_written_where_it_is_wanted(config):
+    inputs = make_inputs("linear", 20, 32, 96, torch.float32, "cpu", bias=False)
+    buffer = torch.full((30, 32), float("nan"))
+    found = split_k.linear(inputs["x"], inputs["weight"], None, config=config, out=buffer[:20])
+    assert found.data_ptr() == buffer.data_ptr()
+    assert relative_error(buffer[:20], wanted64(inputs)) < 1e-5
+    assert buffer[20:].isnan().all()
+
+
+def test_an_lm_head_is_computed_by_what_was_measured():
+    cuda, shape = torch.device("cuda"), (151936, 1024)
+    assert choose_head(1, *shape, torch.bfloat16, cuda) is skinny
+    assert choose_head(64, *shape, torch.bfloat16, cuda) is split_k
+    for rows in (3, 16, 40, 65, 256, 300):
+        assert choose_head(rows, *shape, torch.bfloat16, cuda) is None
+    assert choose_head(64, 151936, 2048, torch.bfloat16, cuda) is None
+    assert choose_head(1, *shape, torch.bfloat16, torch.device("cpu")) is None
 
 
 def test_every_tuned_configuration_cuts_its_shape_without_rest():
