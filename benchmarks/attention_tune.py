@@ -179,11 +179,15 @@ def make_flash() -> FlashAttention | str:
     return flash.trial(HEADS, KV_HEADS, HEAD_DIM, BF16, BLOCK_SIZE, CUDA) or flash
 
 
+def default_decode(kv: str, case: str) -> DecodeConfig:
+    """What the engine uses for one of DECODE_CASES."""
+    return choose_decode(HEAD_DIM, KV_DTYPES[kv], BF16, len(DECODE_CASES[case]), KV_HEADS, num_sms(CUDA))
+
+
 def fused_configs(kv: str, case: str) -> list[DecodeConfig]:
     """The default first."""
-    num_rows = len(DECODE_CASES[case])
-    default = choose_decode(HEAD_DIM, KV_DTYPES[kv], BF16, num_rows, KV_HEADS, num_sms(CUDA))
-    changes = FUSED_FEW if num_rows <= 16 else FUSED_MANY
+    default = default_decode(kv, case)
+    changes = FUSED_FEW if len(DECODE_CASES[case]) <= 16 else FUSED_MANY
     return [default, *(replace(default, **change) for change in [{"prefetch": not default.prefetch}, *changes])]
 
 
@@ -373,9 +377,7 @@ def report(sweep: Sweep, top: int = 8) -> None:
         if key[0] == "prefill":
             chosen: Any = choose_prefill(HEAD_DIM, HEADS // KV_HEADS, KV_DTYPES[key[1]], BF16)
         else:
-            chosen = choose_decode(
-                HEAD_DIM, KV_DTYPES[key[1]], BF16, len(DECODE_CASES[key[2]]), KV_HEADS, num_sms(CUDA)
-            )
+            chosen = default_decode(*key[1:])
         default = short(asdict(chosen))
         print(f"\n{' '.join(key)}")
         done = sorted((r for r in results if "seconds" in r), key=lambda r: r["seconds"])
@@ -423,8 +425,7 @@ def main() -> None:
     sweep = Sweep(args.seconds - (time.monotonic() - started))
     for kv in kinds:
         for case in DECODE_CASES:
-            chosen = choose_decode(HEAD_DIM, KV_DTYPES[kv], BF16, len(DECODE_CASES[case]), KV_HEADS, num_sms(CUDA))
-            sweep.decode(case, kv, [chosen, *TILES], with_flash=True)
+            sweep.decode(case, kv, [default_decode(kv, case), *TILES], with_flash=True)
         for case in FUSED_CASES:
             sweep.fused(case, kv)
     for prefill_case in PREFILL_CASES:

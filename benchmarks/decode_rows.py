@@ -1,16 +1,18 @@
 """GPU time of decode steps, what is chosen by their rows changed: python -m benchmarks.decode_rows MODEL OUT.json
 
-For every number of rows that has a CUDA graph of its own, or --rows: a step as it is; with its products left to the
-library (kernels/split_k.py's ROWS and TUNED say which are not); and with decode attention cut in each way there is for
-many rows (MANY_PAIRS in kernels/attention/decode_triton.py), its first keys called into L2 or not. One engine for each,
-one after the other, the first once more at the end. MODEL: a folder, with random weights as good as any.
+For every number of rows from 32 to 256 that has a CUDA graph of its own, or --rows: a step as it is; with its products
+left to the library (kernels/split_k.py's ROWS and TUNED say which are not); and with decode attention cut in each way
+there is for many rows (MANY_PAIRS in kernels/attention/decode_triton.py), its first keys called into L2 or not. One
+engine for each, one after the other, the first once more at the end. MODEL: a folder, with random weights as good as
+any.
 """
 
 import argparse
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,38 +40,31 @@ def library_products() -> Iterator[None]:
 
 
 @contextmanager
-def attention(change: Callable[[DecodeConfig], DecodeConfig], min_pairs: int) -> Iterator[None]:
-    """Steps of min_pairs rows and KV heads or more attend as their configuration changed so says."""
+def attention(shape: DecodeConfig, min_pairs: int) -> Iterator[None]:
+    """Steps of min_pairs rows times KV heads or more attend by ``shape``."""
     choose = decode_triton.choose_config
 
     def changed(*case: Any) -> DecodeConfig:
         num_rows, kv_heads = case[3:5]
         config = choose(*case)
-        return change(config) if num_rows * kv_heads >= min_pairs else config
+        return replace(shape, late=config.late) if num_rows * kv_heads >= min_pairs else config
 
     with patch.object(decode_triton, "choose_config", changed):
         yield
 
 
-def variants(min_pairs: int) -> dict[str, Callable[[], Any]]:
+def variants(min_pairs: int) -> dict[str, Callable[[], AbstractContextManager[None]]]:
     """Name -> what is in force while the engine is made."""
-    found: dict[str, Callable[[], Any]] = {
-        "as it is": lambda: attention(lambda config: config, min_pairs),
+    found: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "as it is": nullcontext,
         "library products": library_products,
     }
-    shapes = {"64 keys, 4 warps, 2 stages": DecodeConfig()}
-    for _, config in MANY_PAIRS:
-        shapes[f"{config.block_n} keys, {config.num_warps} warps, {config.num_stages} stages"] = config
-    for name, shape in shapes.items():
+    for shape in (DecodeConfig(), *(config for _, config in MANY_PAIRS)):
         for prefetch in (False, True):
-
-            def change(config: DecodeConfig, shape: DecodeConfig = shape, prefetch: bool = prefetch) -> DecodeConfig:
-                return replace(shape, prefetch=prefetch, late=config.late)
-
-            label = f"attention {name}{', prefetch' if prefetch else ''}"
-            found[label] = lambda change=change: attention(change, min_pairs)  # type: ignore[misc]
-    found["as it is, again"] = found["as it is"]
-    return found
+            name = f"attention {shape.block_n} keys, {shape.num_warps} warps, {shape.num_stages} stages"
+            label = f"{name}{', prefetch' if prefetch else ''}"
+            found[label] = partial(attention, replace(shape, prefetch=prefetch), min_pairs)
+    return found | {"as it is, again": nullcontext}
 
 
 def measure(model: str, rows: list[int]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Linears of a step of prompts with what is around them: norm, gated activation, residual add.
+"""Linears of more rows than split_k.py's, prompts above all, with what is around them: norm, activation, residual add.
 
 Such products are bound by the tensor cores, and what is around them by memory. The library's product adds the residual
 as it stores its result, which then is rounded once; the norm after it reads one tensor instead of two, and writes one.

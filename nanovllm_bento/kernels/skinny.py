@@ -2,8 +2,8 @@
 
 At this size a layer is a stream of weights with a little arithmetic, so what counts is bytes in flight and the gaps
 between kernels. The Triton kernels (skinny_triton.py says how) overlap each weight stream with the kernels ahead by
-programmatic dependent launch. Larger batches belong to kernels/linear.py. The references compute in float32 and round
-once.
+programmatic dependent launch. Which module takes larger batches: kernels/products.py. The references compute in float32
+and round once.
 """
 
 from functools import cache

@@ -97,16 +97,14 @@ class Attention(nn.Module):
         assert self.backend is not None, "set_attention_backend comes first"
         k_cache, v_cache = kv_cache
         norm, scales = (self.head_norm_weight, self.eps), (self.k_scale, self.v_scale)
-        if last is not None:
-            q = qk_norm_rope_store(qkv, step, k_cache, v_cache, self.num_heads, *norm, *scales)
-            out = self.backend.forward(q.index_select(0, last), k_cache, v_cache, meta, self.scale, *scales)
-            return out.flatten(1)
         if self.backend.fuses_decode and not meta.has_prefill_rows:
             fused = cast(FusingBackend, self.backend)
             out = fused.decode_from_qkv(qkv, step, k_cache, v_cache, meta, self.scale, self.num_heads, *norm, *scales)
             return out.flatten(1)
         whole = meta.whole_prompts and self.backend.reads_whole_prompts
         q = qk_norm_rope_store(qkv, step, k_cache, v_cache, self.num_heads, *norm, *scales, keep=whole)
+        if last is not None:
+            q = q.index_select(0, last)
         if whole:
             heads = qkv.view(len(qkv), -1, q.shape[-1])[:, self.num_heads :]
             k, v = heads.split(self.num_kv_heads, dim=1)

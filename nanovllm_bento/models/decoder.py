@@ -218,9 +218,8 @@ class DecoderForCausalLM(nn.Module):
         step = make_step(self.rotary.table, positions, meta.slot_mapping)
         fused = products = None
         if self.fusable:
-            shape = len(input_ids), self.dtype, input_ids.device
-            fused = choose_fused(*shape, self.config.hidden_size, ranks=self.group.size)
-            products = None if fused else choose_products(*shape, self.config.hidden_size, ranks=self.group.size)
+            case = len(input_ids), self.dtype, input_ids.device, self.config.hidden_size, self.group.size
+            fused, products = choose_fused(*case), choose_products(*case)
         assert self.attention_backend is not None, "set_attention_backend comes first"
         last_only &= meta.has_prefill_rows  # decode rows have no other tokens
         last = residual = None

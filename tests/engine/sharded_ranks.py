@@ -5,11 +5,9 @@ Models are so small that starting the processes is what takes time: one pool ser
 
 import multiprocessing
 from collections.abc import Callable
-from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.kernels.attention.torch_backend import TorchAttention
 from nanovllm_bento.layers.parallel import ParallelGroup
 from nanovllm_bento.models.loader import load_model
-from tests.engine.tiny_models import read_config
+from tests.engine.tiny_models import computed_by, read_config
 
 SIZES = (2, 4)
 PROMPT = torch.randint(3, 500, (21,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -87,14 +85,10 @@ def _serve(rank: int, folder: Path, pipe: Connection) -> None:
 def generate(group: ParallelGroup, source: Path, products: str | None = None) -> tuple[np.ndarray, list[int]]:
     """Logits of PROMPT and NUM_NEW greedy tokens after it, float32 [num_tokens, vocab_size], and those tokens.
 
-    products: the module of nanovllm_bento.kernels that all steps use, as some do on a GPU, with its references.
+    products: as ``computed_by`` says.
     """
     config = read_config(source)
-    with ExitStack() as stack:
-        if products is not None:
-            stack.enter_context(patch(f"nanovllm_bento.kernels.{products}.supports", lambda rows, *_: True))
-            for module in ("linear", "embedding"):
-                stack.enter_context(patch(f"nanovllm_bento.layers.{module}.pack_weight", lambda weight: None))
+    with computed_by(products):
         model = load_model(config, source, dtype=torch.float32, group=group)
         backend = TorchAttention(_BLOCK_SIZE, torch.float32)
         model.set_attention_backend(backend)

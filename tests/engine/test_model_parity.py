@@ -12,7 +12,7 @@ from nanovllm_bento.kernels.attention import select_backend
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.models.config import ModelConfig
 from nanovllm_bento.models.loader import load_model
-from tests.engine.tiny_models import FAMILIES, load_reference, make_tiny, read_config
+from tests.engine.tiny_models import FAMILIES, computed_by, load_reference, make_tiny, read_config
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
@@ -122,21 +122,16 @@ def test_decode_and_prefill_rows_in_one_step_do_not_touch_each_other(qwen3: tupl
 
 @pytest.mark.parametrize("products", [None, "skinny", "many_rows"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_tokens_alone_equal_those_of_the_whole_step(
-    family: str, products: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_tokens_alone_equal_those_of_the_whole_step(family: str, products: str | None, tmp_path: Path) -> None:
     """Decode rows, a prompt, a prompt's second chunk; and the keys and values that the step leaves are the same."""
-    if products is not None:  # as on a GPU
-        monkeypatch.setattr(f"nanovllm_bento.kernels.{products}.supports", lambda rows, *_: True)
-        for module in ("linear", "embedding"):
-            monkeypatch.setattr(f"nanovllm_bento.layers.{module}.pack_weight", lambda weight: None)
     folder = make_tiny(family, tmp_path)
-    runners = Runner(folder, num_seqs=4), Runner(folder, num_seqs=4)
     rows = [(0, [100], 9), (1, [101], 20), (2, PROMPT[5:25], 0), (3, PROMPT[18:], 18)]
     found = []
-    for runner, last_only in zip(runners, (False, True), strict=True):
-        runner.step([(seq, PROMPT[:n], 0) for seq, n in ((0, 9), (1, 20), (3, 18))], last_only=last_only)
-        found.append(runner.step(rows, num_decode=2, last_only=last_only))
+    with computed_by(products):
+        runners = Runner(folder, num_seqs=4), Runner(folder, num_seqs=4)
+        for runner, last_only in zip(runners, (False, True), strict=True):
+            runner.step([(seq, PROMPT[:n], 0) for seq, n in ((0, 9), (1, 20), (3, 18))], last_only=last_only)
+            found.append(runner.step(rows, num_decode=2, last_only=last_only))
     for whole, last in zip(*found, strict=True):
         assert_close(last, whole[-1:])
     for caches in zip(runners[0].caches, runners[1].caches, strict=True):

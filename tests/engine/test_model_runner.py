@@ -91,6 +91,8 @@ def test_graphs_made_ahead_are_those_that_steps_ask_for(max_tokens, max_seqs, ma
     likely = graphs.likely(whole=whole, later_turns=later_turns)
     assert len(set(likely)) == len(likely) <= 144
     assert likely[0].num_tokens == max(shape.num_tokens for shape in likely) == max_tokens
+    first = [shape.num_rows for shape in likely[1:] if shape.whole == whole]
+    assert first == sorted(first), "single prompts are the ones that wait for nothing else"
     for prompt_len in (16, 17, 64, 100, 512, 1000):
         if prompt_len > max_len:
             continue

@@ -1,7 +1,10 @@
 """Tiny random Hugging Face checkpoints of every family, made by transformers, to compare the engine with."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -89,3 +92,14 @@ def load_reference(folder: str | Path) -> Any:
 def read_config(source: Path) -> ModelConfig:
     """The config of a checkpoint folder or a .gguf file, as the engine reads it."""
     return ModelConfig.from_dict(load_config_dict(resolve_model(str(source))))
+
+
+@contextmanager
+def computed_by(products: str | None) -> Iterator[None]:
+    """Steps use that module of nanovllm_bento.kernels, as some do on a GPU, with its references; None: as on a CPU."""
+    with ExitStack() as stack:
+        if products is not None:
+            stack.enter_context(patch(f"nanovllm_bento.kernels.{products}.supports", lambda rows, *_: True))
+            for module in ("linear", "embedding"):
+                stack.enter_context(patch(f"nanovllm_bento.layers.{module}.pack_weight", lambda weight: None))
+        yield
