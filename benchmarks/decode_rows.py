@@ -1,34 +1,38 @@
 """GPU time of decode steps, what is chosen by their rows changed: python -m benchmarks.decode_rows MODEL OUT.json
 
-For every number of rows from 32 to 256 that has a CUDA graph of its own, or --rows: a step as it is; with its products
-left to the library (kernels/split_k.py's ROWS and TUNED say which are not); and with decode attention cut in each way
-there is for many rows (MANY_PAIRS in kernels/attention/decode_triton.py), its first keys called into L2 or not. One
-engine for each, one after the other, the first once more at the end. MODEL: a folder, with random weights as good as
-any.
+For every number of rows that has a CUDA graph of its own, or --rows: a step as it is, with its products left to the
+library, and with every pair of a configuration of decode attention (kernels/attention/decode_triton.py) and a division
+of a multiprocessor's memory (kernels/shared_memory.py). One engine, whose graph is captured anew for each. MODEL: a
+folder, with random weights as good as any. --context: tokens of each row.
 """
 
 import argparse
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
+import statistics
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from nanovllm_bento.bench import steps
 from nanovllm_bento.bench.environment import environment, write_result
-from nanovllm_bento.bench.steps import step_breakdown
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.cuda_graphs import graph_buckets
-from nanovllm_bento.kernels import split_k
+from nanovllm_bento.engine.model_runner import ModelRunner
+from nanovllm_bento.kernels import shared_memory, split_k
 from nanovllm_bento.kernels.attention import decode_triton
-from nanovllm_bento.kernels.attention.decode_triton import MANY_PAIRS, DecodeConfig
+from nanovllm_bento.kernels.attention.decode_triton import DecodeConfig
 
-TIMED_STEPS = 24
+PERCENTS = (shared_memory.DRIVERS_CHOICE, 28, 43, 57, 71, 100)
+SHAPES = [(64, 4, 2), (64, 4, 3), (64, 2, 2), (32, 2, 2), (32, 1, 2), (32, 1, 3), (16, 1, 2), (16, 1, 3), (16, 2, 3)]
+SPLITS = [(1, 64), (2, 64), (3, 128)]
+"""programs_per_sm and min_chunk, where there are fewer pairs of a row and a KV head than multiprocessors."""
+WARM_UP_STEPS, GROUPS, REPLAYS = 4, 5, 6
 
 
 @contextmanager
@@ -39,62 +43,98 @@ def library_products() -> Iterator[None]:
     split_k.choose_config.cache_clear()
 
 
-@contextmanager
-def attention(shape: DecodeConfig, min_pairs: int) -> Iterator[None]:
-    """Steps of min_pairs rows times KV heads or more attend by ``shape``."""
-    choose = decode_triton.choose_config
-
-    def changed(*case: Any) -> DecodeConfig:
-        num_rows, kv_heads = case[3:5]
-        config = choose(*case)
-        return replace(shape, late=config.late) if num_rows * kv_heads >= min_pairs else config
-
-    with patch.object(decode_triton, "choose_config", changed):
-        yield
+def configurations(rows: int, kv_heads: int, now: DecodeConfig) -> list[DecodeConfig]:
+    splits = SPLITS if rows * kv_heads <= 132 else [(1, 64)]
+    shapes = [
+        replace(now, block_n=n, num_warps=warps, num_stages=stages, prefetch=True)
+        for n, warps, stages in SHAPES
+        if rows <= 64 or n < 64
+    ]
+    return [replace(c, programs_per_sm=programs, min_chunk=chunk) for c in shapes for programs, chunk in splits]
 
 
-def variants(min_pairs: int) -> dict[str, Callable[[], AbstractContextManager[None]]]:
-    """Name -> what is in force while the engine is made."""
-    found: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        "as it is": nullcontext,
-        "library products": library_products,
-    }
-    for shape in (DecodeConfig(), *(config for _, config in MANY_PAIRS)):
-        for prefetch in (False, True):
-            name = f"attention {shape.block_n} keys, {shape.num_warps} warps, {shape.num_stages} stages"
-            label = f"{name}{', prefetch' if prefetch else ''}"
-            found[label] = partial(attention, replace(shape, prefetch=prefetch), min_pairs)
-    return found | {"as it is, again": nullcontext}
+class Step:
+    """One decode step, replayed over the same rows again and again."""
+
+    def __init__(self, runner: ModelRunner, rows: int) -> None:
+        self.runner, self.rows = runner, rows
+        self.static_rows = runner.static_rows.clone()
+
+    @torch.inference_mode()
+    def microseconds(self) -> float:
+        """With a graph captured now: forward pass and sampling, several steps on end; median."""
+        graphs = self.runner.graphs
+        assert graphs is not None
+        graphs.capture_one(self.rows)
+        graph, times = graphs[self.rows], []
+        for _ in range(1 + GROUPS):
+            self.runner.static_rows.copy_(self.static_rows)
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(1_000_000)  # so that all is launched before it begins
+            begin.record()
+            for _ in range(REPLAYS):
+                graph.forward.replay()
+                graph.sample[True][0].replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / REPLAYS)
+        return round(statistics.median(times[1:]), 1)
 
 
-def measure(model: str, rows: list[int]) -> dict[str, float]:
-    """µs of a step of each number of rows, by CUDA events."""
-    settings = {"model": model, "max_model_len": 4096, "kv_cache_memory_bytes": 24 << 30, "max_num_seqs": max(rows)}
-    core = EngineCore.from_model(EngineConfig.create(env={}, **settings))
-    try:
-        return {str(n): step_breakdown(core, n, TIMED_STEPS)["gpu_us"] for n in rows}
-    finally:
-        core.close()
-        del core
-        gc.collect()
-        torch.cuda.empty_cache()
+def measure(core: EngineCore, rows: int, joint: bool) -> Iterator[dict[str, Any]]:
+    """A result of each variant."""
+    runner = core.runner
+    assert isinstance(runner, ModelRunner)
+    backend = getattr(runner.backend, "_decode", runner.backend)  # that of decode rows
+    choose, heads = decode_triton.choose_config, runner.num_kv_heads
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    now = choose(runner.model_config.head_dim, runner.kv_dtype, runner.torch_dtype, rows, heads, sms)
+    percent_now = shared_memory.choose_percent(rows, runner.kv_dtype.itemsize)
+    step = Step(runner, rows)
+
+    def timed(config: DecodeConfig, percent: int, products: AbstractContextManager[None] | None = None) -> float:
+        with ExitStack() as stack:
+            stack.enter_context(products or nullcontext())
+            stack.enter_context(patch.object(shared_memory, "choose_percent", lambda *case: percent))
+            stack.enter_context(patch.object(backend, "decode_config", config))
+            return step.microseconds()
+
+    described = {"attention": asdict(now), "percent": percent_now}
+    yield {"variant": "as it is", **described, "us": timed(now, percent_now)}
+    yield {"variant": "library products", **described, "us": timed(now, percent_now, library_products())}
+    configs = configurations(rows, heads, now) if joint else [now]
+    for config, percent in product(configs, PERCENTS):
+        yield {"variant": "pair", "attention": asdict(config), "percent": percent, "us": timed(config, percent)}
+    yield {"variant": "as it is, again", **described, "us": timed(now, percent_now)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--rows", help="numbers of rows, with commas between (default: all from 32 to 256)")
-    parser.add_argument("--min-pairs", type=int, default=256, help="rows times KV heads whose attention is changed")
+    parser.add_argument("--rows", help="numbers of rows, with commas between (default: all that have a graph)")
+    parser.add_argument("--context", type=int, default=steps.CONTEXT_LEN)
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--load-format", default="auto", help="dummy: MODEL needs no weights")
+    parser.add_argument("--division-only", action="store_true", help="leave attention as it is")
     args = parser.parse_args()
-    rows = [n for n in graph_buckets(256) if n >= 32] if args.rows is None else [int(n) for n in args.rows.split(",")]
-    results: list[dict[str, Any]] = []
-    for name, make in variants(args.min_pairs).items():
-        with make():
-            results.append({"variant": name, "gpu_us": measure(args.model, rows)})
-        print(results[-1], flush=True)
-        report = {"benchmark": "decode_rows", "environment": environment(), "min_pairs": args.min_pairs}
-        write_result(report | {"results": results}, args.output)
+    rows = graph_buckets(256) if args.rows is None else [int(n) for n in args.rows.split(",")]
+    settings = {"max_model_len": 4096, "kv_cache_memory_bytes": 24 << 30, "max_num_seqs": max(rows)}
+    settings |= {"kv_cache_dtype": args.kv_cache_dtype, "load_format": args.load_format}
+    core = EngineCore.from_model(EngineConfig.create(env={}, model=args.model, **settings))
+    report: dict[str, Any] = {"benchmark": "decode_rows", "environment": environment(), "rows": {}}
+    with patch.object(steps, "CONTEXT_LEN", args.context):
+        for n in rows:
+            with steps.decoding(core, n, WARM_UP_STEPS + REPLAYS) as context_len:
+                for _ in range(WARM_UP_STEPS):
+                    core.step()
+                torch.cuda.synchronize()
+                found = list(measure(core, n, not args.division_only))
+            report["rows"][str(n)] = {"context_len": context_len + WARM_UP_STEPS, "steps": found}
+            best = min(found, key=lambda step: step["us"])
+            print(n, "rows:", *(f"{s['variant']} {s['us']}" for s in (found[0], found[1], found[-1])), "best:", best)
+            write_result(report, args.output)
+    core.close()
 
 
 if __name__ == "__main__":

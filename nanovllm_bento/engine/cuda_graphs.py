@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,8 +75,9 @@ def _no_collection() -> Iterator[None]:
 
 class DecodeGraphs:
     """Captures and finds the graphs. ``forward(size)`` computes logits of the first ``size`` static rows,
-    ``sample(logits, filtered)`` their tokens; both run without a host sync once warmed up. ``must_fit``: raise
-    torch.OutOfMemoryError rather than leave a bucket out, where other ranks would not."""
+    ``sample(logits, filtered)`` their tokens; both run without a host sync once warmed up. ``within(size)`` is in force
+    while they are captured. ``must_fit``: raise torch.OutOfMemoryError rather than leave a bucket out, where other
+    ranks would not."""
 
     def __init__(
         self,
@@ -84,9 +86,10 @@ class DecodeGraphs:
         forward: Callable[[int], Tensor],
         sample: Callable[[Tensor, bool], Tensor],
         *,
+        within: Callable[[int], AbstractContextManager[None]] = lambda size: contextlib.nullcontext(),
         must_fit: bool = False,
     ) -> None:
-        self._forward, self._sample = forward, sample
+        self._forward, self._sample, self._within = forward, sample, within
         self._pool, self._must_fit = pool, must_fit
         self._graphs: dict[int, DecodeGraph] = {}
         self._bucket_of: list[int | None] = [None] * (max_num_seqs + 1)
@@ -103,7 +106,7 @@ class DecodeGraphs:
         with _no_collection():
             for size in reversed(self.wanted):
                 try:
-                    self._graphs[size] = self._capture(size)
+                    self.capture_one(size)
                     continue
                 except torch.OutOfMemoryError:
                     if self._must_fit:
@@ -123,6 +126,12 @@ class DecodeGraphs:
 
     def __getitem__(self, size: int) -> DecodeGraph:
         return self._graphs[size]
+
+    def capture_one(self, size: int) -> None:
+        """Capture a bucket, once more if it was before."""
+        self._graphs.pop(size, None)
+        with self._within(size):
+            self._graphs[size] = self._capture(size)
 
     def _capture(self, size: int) -> DecodeGraph:
         with torch.cuda.stream(self._pool.stream):  # compiles and warms up what capture must not

@@ -10,6 +10,7 @@ its size has been seen; all else, and everything on a CPU, runs eagerly. ``launc
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,11 @@ from nanovllm_bento.engine.scheduler import Batch
 from nanovllm_bento.engine.step_inputs import CaptureStep, DecodeStep, StepBuilder, TokenStep, decoder, encoder
 from nanovllm_bento.errors import ConfigError, DeviceMemoryError
 from nanovllm_bento.hub import ModelFiles, load_config_dict, resolve_model
+from nanovllm_bento.kernels import shared_memory
 from nanovllm_bento.kernels.attention import select_backend
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.kernels.decode_inputs import DecodeInputs, decode_inputs
+from nanovllm_bento.kernels.launch import use_pdl
 from nanovllm_bento.kernels.linear import best_cpu_dtype
 from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup, split_heads
 from nanovllm_bento.layers.sampler import Sampler, score_rows
@@ -103,6 +106,7 @@ class ModelRunner:
             torch.cuda.init()
             torch.cuda.set_device(self.torch_device)
             torch.zeros(1, device=self.torch_device)
+            shared_memory.watch()
             started = self._phase("cuda_context", started)
         self.backend = select_backend(
             config.attention_backend,
@@ -250,7 +254,12 @@ class ModelRunner:
         self.logits = torch.empty(config.max_num_seqs, num_logits, dtype=self.torch_dtype, device=device)
         pool = GraphPool()
         self.graphs = DecodeGraphs(
-            pool, config.max_num_seqs, self._decode_logits, self._decode_tokens, must_fit=self.group.size > 1
+            pool,
+            config.max_num_seqs,
+            self._decode_logits,
+            self._decode_tokens,
+            within=self._divided_memory,
+            must_fit=self.group.size > 1,
         )
         with torch.inference_mode():
             self.graphs.capture()
@@ -263,6 +272,13 @@ class ModelRunner:
             self.prompts = PromptBuffers(num_tokens, self.prompt_graphs.max_num_rows, max_blocks, device)
             whole, cached = self.backend.reads_whole_prompts, config.enable_prefix_caching
             self.to_capture.extend(self.prompt_graphs.likely(whole=whole, later_turns=cached))
+
+    def _divided_memory(self, size: int) -> AbstractContextManager[None]:
+        """What is in force while the decode graph of ``size`` rows is captured."""
+        measured = self.group.size == 1 and not self.model_config.num_experts and self.backend.fuses_decode
+        if not (measured and use_pdl(self.torch_device)):
+            return nullcontext()
+        return shared_memory.prefer(shared_memory.choose_percent(size, self.kv_dtype.itemsize))
 
     def _decode_logits(self, size: int) -> Tensor:
         """The captured part up to this rank's logits of the first ``size`` static rows."""

@@ -33,26 +33,26 @@ class Config(NamedTuple):
 
 
 TUNED: dict[tuple[str, int, int, int], Config] = {
-    ("norm_linear", 1, 4096, 1024): Config(2, 256, 4, 1, 0, 16),
-    ("norm_linear", 2, 4096, 1024): Config(4, 256, 4, 1, 0, 16),
-    ("norm_linear", 4, 4096, 1024): Config(32, 64, 3, 4, 4, 4),
+    ("norm_linear", 1, 4096, 1024): Config(2, 512, 1, 2, 0, 16),
+    ("norm_linear", 2, 4096, 1024): Config(2, 256, 2, 1, 0, 16),
+    ("norm_linear", 4, 4096, 1024): Config(16, 128, 2, 4, 4, 4),
     ("norm_linear", 8, 4096, 1024): Config(16, 128, 2, 4, 4, 8),
-    ("norm_linear", 16, 4096, 1024): Config(32, 64, 3, 4, 4, 16),
+    ("norm_linear", 16, 4096, 1024): Config(16, 128, 2, 4, 4, 16),
     ("linear_add", 1, 1024, 2048): Config(4, 256, 8, 1, 0, 16),
     ("linear_add", 2, 1024, 2048): Config(4, 1024, 2, 4, 0, 16),
-    ("linear_add", 4, 1024, 2048): Config(8, 128, 2, 8, 8, 4),
-    ("linear_add", 8, 1024, 2048): Config(8, 128, 2, 8, 8, 8),
-    ("linear_add", 16, 1024, 2048): Config(16, 64, 4, 8, 8, 16),
+    ("linear_add", 4, 1024, 2048): Config(16, 128, 4, 4, 4, 4),
+    ("linear_add", 8, 1024, 2048): Config(16, 64, 4, 8, 8, 8),
+    ("linear_add", 16, 1024, 2048): Config(16, 128, 4, 4, 4, 16),
     ("norm_gate_up", 1, 3072, 1024): Config(4, 256, 4, 1, 0, 16),
     ("norm_gate_up", 2, 3072, 1024): Config(8, 256, 4, 4, 0, 16),
     ("norm_gate_up", 4, 3072, 1024): Config(8, 128, 2, 4, 4, 4),
-    ("norm_gate_up", 8, 3072, 1024): Config(8, 128, 2, 4, 4, 8),
-    ("norm_gate_up", 16, 3072, 1024): Config(16, 64, 3, 4, 4, 16),
-    ("linear_add", 1, 1024, 3072): Config(4, 256, 8, 1, 0, 16),
-    ("linear_add", 2, 1024, 3072): Config(4, 512, 6, 2, 0, 16),
-    ("linear_add", 4, 1024, 3072): Config(2, 256, 12, 1, 0, 16),
+    ("norm_gate_up", 8, 3072, 1024): Config(16, 128, 2, 4, 4, 8),
+    ("norm_gate_up", 16, 3072, 1024): Config(16, 64, 4, 4, 4, 16),
+    ("linear_add", 1, 1024, 3072): Config(2, 512, 6, 2, 0, 16),
+    ("linear_add", 2, 1024, 3072): Config(4, 1024, 3, 4, 0, 16),
+    ("linear_add", 4, 1024, 3072): Config(8, 128, 6, 4, 4, 4),
     ("linear_add", 8, 1024, 3072): Config(8, 128, 3, 8, 8, 8),
-    ("linear_add", 16, 1024, 3072): Config(16, 128, 3, 8, 8, 16),
+    ("linear_add", 16, 1024, 3072): Config(8, 128, 3, 8, 8, 16),
     ("norm_linear", 1, 6144, 4096): Config(4, 1024, 4, 4, 0, 16),
     ("norm_linear", 2, 6144, 4096): Config(4, 1024, 4, 4, 0, 16),
     ("linear_add", 1, 4096, 4096): Config(4, 256, 8, 1, 0, 16),
@@ -70,9 +70,10 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
     ("linear", 1, 4096, 6144): Config(4, 256, 8, 1, 0, 16),
     ("linear", 2, 4096, 6144): Config(1, 1024, 6, 4, 0, 16),
 }
-"""(operation, rows rounded up to a power of two, n, k) -> measured best (benchmarks/skinny_tune.py), 16-bit dtypes.
+"""(operation, rows rounded up to a power of two, n, k) -> measured best, 16-bit dtypes.
 
-Those without a norm are of one of two tensor-parallel ranks, measured on an H200."""
+0.6B's: in the engine (benchmarks/decode_rows.py), beside attention. Others: benchmarks/skinny_tune.py; those without a
+norm are of one of two tensor-parallel ranks, on an H200."""
 
 
 def supports(rows: int, dtype: torch.dtype, device: torch.device, hidden_size: int = 0) -> bool:

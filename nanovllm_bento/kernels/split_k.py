@@ -40,13 +40,16 @@ class Config(NamedTuple):
 
 
 TUNED: dict[tuple[str, int, int, int], Config] = {
-    ("linear_parts", 32, 1024, 2048): Config(32, 32, 128, 2, 4, 4, True),
-    ("gate_up", 32, 3072, 1024): Config(32, 64, 128, 1, 4, 4, True),
-    ("linear_parts", 32, 1024, 3072): Config(32, 64, 128, 3, 4, 4, True),
+    ("linear", 32, 4096, 1024): Config(32, 32, 128, 1, 4, 4, True),
+    ("linear_parts", 32, 1024, 2048): Config(32, 64, 64, 4, 4, 4, True),
+    ("gate_up", 32, 3072, 1024): Config(32, 64, 128, 1, 3, 4, True),
+    ("linear_parts", 32, 1024, 3072): Config(32, 32, 128, 4, 4, 4, True),
+    ("linear_parts", 40, 1024, 2048): Config(64, 64, 64, 4, 6, 4, True),
+    ("linear_parts", 40, 1024, 3072): Config(64, 64, 64, 8, 6, 4, True),
     ("linear", 64, 4096, 1024): Config(64, 32, 128, 1, 4, 4, True),
     ("linear_parts", 64, 1024, 2048): Config(64, 32, 128, 2, 4, 4, True),
-    ("gate_up", 64, 3072, 1024): Config(64, 16, 128, 1, 4, 4, True),
-    ("linear_parts", 64, 1024, 3072): Config(64, 64, 128, 8, 4, 4, True),
+    ("gate_up", 64, 3072, 1024): Config(64, 32, 128, 1, 4, 4, True),
+    ("linear_parts", 64, 1024, 3072): Config(64, 32, 128, 3, 4, 4, True),
     ("linear", 64, 151936, 1024): Config(64, 128, 64, 1, 6, 8, False),
     ("linear", 128, 4096, 1024): Config(128, 32, 64, 1, 6, 4, True),
     ("linear_parts", 128, 1024, 2048): Config(128, 32, 64, 4, 6, 8, False),
@@ -60,7 +63,8 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
 }
 """(operation, rows rounded up to one of ROWS, n, k) -> measured best in a chain of layers.
 
-16-bit numbers, an H100 (benchmarks/split_k_tune.py; the bounds, 256's "linear" and the LM head: in the engine)."""
+16-bit numbers, an H100 (benchmarks/split_k_tune.py; up to 64 rows, the bounds, 256's "linear" and the LM head: in the
+engine, benchmarks/decode_rows.py)."""
 
 
 def supports(rows: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,5 +1,7 @@
 """The GPU runner: graphs equal eager steps, no host sync in the step loop, faults stay with their request."""
 
+import ctypes
+
 import pytest
 import torch
 import triton
@@ -8,7 +10,7 @@ from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine import kv_cache
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.errors import ConfigError
-from nanovllm_bento.kernels import split_k, split_k_triton
+from nanovllm_bento.kernels import shared_memory, split_k, split_k_triton
 from tests.engine.fake_runner import add, run
 from tests.engine.tiny_engines import run_all
 from tests.engine.tiny_models import make_tiny
@@ -65,9 +67,47 @@ def as_wide_as_0_6b(tmp_path_factory):
     return make_tiny("qwen3", tmp_path_factory.mktemp("wide"), head_dim=128, initializer_range=0.02, **sizes)
 
 
-@pytest.mark.parametrize("count", [20, 64, 100, 200])
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16, 24, 40, 64, 128])
+def test_kernels_that_overlap_compute_what_they_do_one_by_one(as_wide_as_0_6b, count):
+    core = engine(as_wide_as_0_6b, max_num_seqs=128, max_num_batched_tokens=2048, num_gpu_blocks_override=2000)
+    runner = core.runner
+    start(core, count)
+    for _ in range(12):
+        core.step()
+    torch.cuda.synchronize()
+    graph, rows = runner.graphs[runner.graphs.find(count)], runner.static_rows.clone()
+    with torch.inference_mode():
+        eager = runner._decode_logits(graph.size).clone()  # the host launches too slowly for kernels to meet
+    assert torch.isfinite(eager[:count]).all()
+    for _ in range(50):
+        runner.static_rows.copy_(rows)
+        graph.logits.fill_(torch.nan)
+        graph.forward.replay()
+        assert torch.equal(eager, graph.logits)
+
+
+def test_only_graphs_keep_a_division_of_memory(tiny):
+    runner = engine(tiny, max_num_seqs=4).runner
+    kernels = shared_memory.watch()
+    assert kernels is not None and kernels.handles and kernels.percent == shared_memory.DRIVERS_CHOICE
+    driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+
+    def preferred() -> set[int]:
+        found = set()
+        for handle in kernels.handles:
+            assert driver.cuFuncGetAttribute(ctypes.byref(value), 9, ctypes.c_void_p(handle)) == 0
+            found.add(value.value)
+        return found
+
+    assert preferred() == {shared_memory.DRIVERS_CHOICE}
+    with runner._divided_memory(2):
+        assert preferred() == {shared_memory.choose_percent(2, 2)} != {shared_memory.DRIVERS_CHOICE}
+    assert preferred() == {shared_memory.DRIVERS_CHOICE}
+
+
+@pytest.mark.parametrize("count", [20, 40, 64, 100, 230])
 def test_products_in_parts_compute_the_model_of_whole_products(as_wide_as_0_6b, count, monkeypatch):
-    limits = {"max_num_seqs": 200, "max_num_batched_tokens": 2048, "num_gpu_blocks_override": 2000}
+    limits = {"max_num_seqs": 240, "max_num_batched_tokens": 2048, "num_gpu_blocks_override": 2000}
     core = engine(as_wide_as_0_6b, **limits)
     runner = core.runner
     start(core, count)

@@ -55,6 +55,17 @@ class DecodeConfig:
     late: bool = False
 
 
+FEW_PAIRS: list[tuple[int, DecodeConfig]] = [
+    (8, DecodeConfig(num_stages=3, programs_per_sm=1, min_chunk=64, prefetch=True)),
+    (16, DecodeConfig(num_stages=3, programs_per_sm=2, min_chunk=64, prefetch=True)),
+    (88, DecodeConfig(block_n=32, num_warps=1, num_stages=3, programs_per_sm=2, min_chunk=64, prefetch=True)),
+    (128, DecodeConfig(block_n=16, num_warps=1, num_stages=3, prefetch=True)),
+    (384, DecodeConfig(block_n=32, num_warps=1, num_stages=3, programs_per_sm=1, prefetch=True)),
+    (512, DecodeConfig(block_n=16, num_warps=2, num_stages=3, programs_per_sm=1, prefetch=True)),
+]
+"""(rows times KV heads at most, configuration), for heads of 65 to 128 dimensions in 16 bits. Measured in the engine
+(benchmarks/decode_rows.py), where the products that follow start beside attention if it leaves them room."""
+
 MANY_PAIRS: list[tuple[int, DecodeConfig]] = [
     (6, DecodeConfig(block_n=32, num_warps=2, num_stages=2, prefetch=True)),
     (12, DecodeConfig(block_n=16, num_warps=1, num_stages=2, prefetch=True)),
@@ -83,12 +94,13 @@ def choose_config(
         return DecodeConfig(block_n=16 if wide else 32)
     pairs = num_rows * kv_heads
     fp8 = kv_dtype.itemsize == 1
-    if pairs < 64:
+    if 64 < head_dim <= 128 and not fp8:
+        few = (config for most, config in FEW_PAIRS if pairs <= most)
+        config = next(few, None) or min(MANY_PAIRS, key=lambda held: _waste(pairs / sms / held[0]))[1]
+    elif pairs < 64:
         config = DecodeConfig(num_stages=3, programs_per_sm=2, min_chunk=64, prefetch=True)
     elif pairs < 256:
         config = DecodeConfig(programs_per_sm=8, prefetch=True) if fp8 else DecodeConfig(num_warps=2, prefetch=True)
-    elif pairs > 4 * sms and 64 < head_dim <= 128 and not fp8:
-        config = min(MANY_PAIRS, key=lambda held: _waste(pairs / sms / held[0]))[1]
     elif pairs < 1024:
         config = DecodeConfig()
     else:

@@ -1,0 +1,80 @@
+"""How the kernels of a decode step divide a multiprocessor's memory: what they share of it, and its L1 cache.
+
+Programmatic dependent launch lets a kernel start beside the one ahead, and ask for its weights. But on a multiprocessor
+only kernels of one division can run at a time: to change it, all of one must have ended. Left alone, the driver gives
+each kernel a division that suits that one, and the kernels of a decode step hardly overlapped. Here all of them get the
+same while a step is captured in a CUDA graph, which keeps it.
+
+Which one is best depends on what the kernels hold, and so on the number of rows: too little shared memory lets fewer
+programs of attention run on a multiprocessor than would fit, more leaves no L1 cache.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+from nanovllm_bento.kernels.launch import has_triton
+
+DRIVERS_CHOICE = -1
+_PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # CUfunction_attribute
+
+TUNED: dict[int, list[tuple[int, int]]] = {
+    2: [(1, 43), (2, 71), (8, 57), (16, 43), (48, 57), (64, 43)],
+    1: [(2, 43), (40, 57)],
+}
+"""Bytes of a number in the KV cache -> (up to so many rows, percent of the most there can be); above: the driver's
+choice, which was no worse there. An H100, Qwen3-0.6B's shapes (benchmarks/decode_rows.py)."""
+
+
+def choose_percent(rows: int, kv_itemsize: int) -> int:
+    """Percent of the largest shared memory for a decode step of ``rows`` rows."""
+    return next((percent for most, percent in TUNED.get(kv_itemsize, []) if rows <= most), DRIVERS_CHOICE)
+
+
+class _Kernels:
+    """Every Triton kernel that was loaded since this came to be, as the driver's handle, and what they prefer now."""
+
+    def __init__(self) -> None:
+        from triton import knobs
+
+        self.percent, self.handles = DRIVERS_CHOICE, list[int]()
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        knobs.runtime.kernel_load_end_hook.add(self._loaded)
+
+    def prefer(self, percent: int) -> None:
+        self.percent = percent
+        for handle in self.handles:
+            self._set(handle)
+
+    def _loaded(self, module: int, function: int, name: str, *rest: Any) -> None:
+        self.handles.append(function)
+        if self.percent != DRIVERS_CHOICE:
+            self._set(function)
+
+    def _set(self, handle: int) -> None:
+        function, percent = ctypes.c_void_p(handle), ctypes.c_int(self.percent)
+        code = self._driver.cuFuncSetAttribute(function, _PREFERRED_SHARED_MEMORY_CARVEOUT, percent)
+        if code != 0:
+            raise RuntimeError(f"cuFuncSetAttribute failed with CUDA driver error {code}.")
+
+
+@cache
+def watch() -> _Kernels | None:
+    """Note the kernels that Triton loads from now on; those of before keep the driver's choice. None without Triton."""
+    return _Kernels() if has_triton() else None
+
+
+@contextmanager
+def prefer(percent: int) -> Iterator[None]:
+    """Triton kernels launched or captured within prefer so much shared memory; to be used on one thread."""
+    kernels = watch()
+    if kernels is None or percent == DRIVERS_CHOICE:
+        yield
+        return
+    kernels.prefer(percent)
+    try:
+        yield
+    finally:
+        kernels.prefer(DRIVERS_CHOICE)
