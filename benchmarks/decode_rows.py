@@ -10,7 +10,7 @@ import argparse
 import statistics
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,12 @@ def configurations(rows: int, kv_heads: int, now: DecodeConfig) -> list[DecodeCo
     return [replace(c, programs_per_sm=programs, min_chunk=chunk) for c in shapes for programs, chunk in splits]
 
 
+def describe(config: DecodeConfig) -> str:
+    splits = f"{config.programs_per_sm} a multiprocessor, {config.min_chunk} keys each"
+    flags = "".join(f", {name}" for name in ("prefetch", "late") if getattr(config, name))
+    return f"{config.block_n} keys, {config.num_warps} warps, {config.num_stages} stages; {splits}{flags}"
+
+
 class Step:
     """One decode step, replayed over the same rows again and again."""
 
@@ -89,7 +95,7 @@ def measure(core: EngineCore, rows: int, joint: bool) -> Iterator[dict[str, Any]
     choose, heads = decode_triton.choose_config, runner.num_kv_heads
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     now = choose(runner.model_config.head_dim, runner.kv_dtype, runner.torch_dtype, rows, heads, sms)
-    percent_now = shared_memory.choose_percent(rows, runner.kv_dtype.itemsize)
+    percent_now = shared_memory.choose_percent(rows, runner.model_config.hidden_size, runner.kv_dtype.itemsize)
     step = Step(runner, rows)
 
     def timed(config: DecodeConfig, percent: int, products: AbstractContextManager[None] | None = None) -> float:
@@ -99,12 +105,12 @@ def measure(core: EngineCore, rows: int, joint: bool) -> Iterator[dict[str, Any]
             stack.enter_context(patch.object(backend, "decode_config", config))
             return step.microseconds()
 
-    described = {"attention": asdict(now), "percent": percent_now}
+    described = {"attention": describe(now), "percent": percent_now}
     yield {"variant": "as it is", **described, "us": timed(now, percent_now)}
     yield {"variant": "library products", **described, "us": timed(now, percent_now, library_products())}
     configs = configurations(rows, heads, now) if joint else [now]
     for config, percent in product(configs, PERCENTS):
-        yield {"variant": "pair", "attention": asdict(config), "percent": percent, "us": timed(config, percent)}
+        yield {"variant": "pair", "attention": describe(config), "percent": percent, "us": timed(config, percent)}
     yield {"variant": "as it is, again", **described, "us": timed(now, percent_now)}
 
 

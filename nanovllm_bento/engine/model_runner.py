@@ -278,7 +278,8 @@ class ModelRunner:
         measured = self.group.size == 1 and not self.model_config.num_experts and self.backend.fuses_decode
         if not (measured and use_pdl(self.torch_device)):
             return nullcontext()
-        return shared_memory.prefer(shared_memory.choose_percent(size, self.kv_dtype.itemsize))
+        hidden_size, itemsize = self.model_config.hidden_size, self.kv_dtype.itemsize
+        return shared_memory.prefer(shared_memory.choose_percent(size, hidden_size, itemsize))
 
     def _decode_logits(self, size: int) -> Tensor:
         """The captured part up to this rank's logits of the first ``size`` static rows."""

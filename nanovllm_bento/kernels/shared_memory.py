@@ -20,17 +20,19 @@ from nanovllm_bento.kernels.launch import has_triton
 DRIVERS_CHOICE = -1
 _PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # CUfunction_attribute
 
-TUNED: dict[int, list[tuple[int, int]]] = {
-    2: [(1, 43), (2, 71), (8, 57), (16, 43), (48, 57), (64, 43)],
-    1: [(2, 43), (40, 57)],
+TUNED: dict[tuple[int, int], list[tuple[int, int]]] = {
+    (1024, 2): [(1, 43), (2, 71), (8, 57), (16, 43), (48, 57), (64, 43)],
+    (1024, 1): [(2, 43), (40, 57)],
+    (4096, 2): [(2, 43)],
 }
-"""Bytes of a number in the KV cache -> (up to so many rows, percent of the most there can be); above: the driver's
-choice, which was no worse there. An H100, Qwen3-0.6B's shapes (benchmarks/decode_rows.py)."""
+"""(Hidden size, bytes of a number in the KV cache) -> (up to so many rows, percent of the most there can be). More
+rows: the driver's choice, which was no worse. Qwen3-0.6B's and 8B's shapes on an H100 (benchmarks/decode_rows.py)."""
 
 
-def choose_percent(rows: int, kv_itemsize: int) -> int:
+def choose_percent(rows: int, hidden_size: int, kv_itemsize: int) -> int:
     """Percent of the largest shared memory for a decode step of ``rows`` rows."""
-    return next((percent for most, percent in TUNED.get(kv_itemsize, []) if rows <= most), DRIVERS_CHOICE)
+    measured = TUNED.get((hidden_size, kv_itemsize), [])
+    return next((percent for most, percent in measured if rows <= most), DRIVERS_CHOICE)
 
 
 class _Kernels:

@@ -86,8 +86,8 @@ def test_kernels_that_overlap_compute_what_they_do_one_by_one(as_wide_as_0_6b, c
         assert torch.equal(eager, graph.logits)
 
 
-def test_only_graphs_keep_a_division_of_memory(tiny):
-    runner = engine(tiny, max_num_seqs=4).runner
+def test_only_graphs_keep_a_division_of_memory(as_wide_as_0_6b):
+    runner = engine(as_wide_as_0_6b, max_num_seqs=4).runner
     kernels = shared_memory.watch()
     assert kernels is not None and kernels.handles and kernels.percent == shared_memory.DRIVERS_CHOICE
     driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
@@ -101,7 +101,7 @@ def test_only_graphs_keep_a_division_of_memory(tiny):
 
     assert preferred() == {shared_memory.DRIVERS_CHOICE}
     with runner._divided_memory(2):
-        assert preferred() == {shared_memory.choose_percent(2, 2)} != {shared_memory.DRIVERS_CHOICE}
+        assert preferred() == {shared_memory.choose_percent(2, 1024, 2)} != {shared_memory.DRIVERS_CHOICE}
     assert preferred() == {shared_memory.DRIVERS_CHOICE}
 
 
