@@ -106,7 +106,8 @@ class ModelRunner:
             torch.cuda.init()
             torch.cuda.set_device(self.torch_device)
             torch.zeros(1, device=self.torch_device)
-            shared_memory.watch()
+            if use_pdl(self.torch_device):
+                shared_memory.watch()
             started = self._phase("cuda_context", started)
         self.backend = select_backend(
             config.attention_backend,

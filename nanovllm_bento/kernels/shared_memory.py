@@ -5,8 +5,8 @@ only kernels of one division can run at a time: to change it, all of one must ha
 each kernel a division that suits that one, and the kernels of a decode step hardly overlapped. Here all of them get the
 same while a step is captured in a CUDA graph, which keeps it.
 
-Which one is best depends on what the kernels hold, and so on the number of rows: too little shared memory lets fewer
-programs of attention run on a multiprocessor than would fit, more leaves no L1 cache.
+Best is the smallest shared memory that holds all programs of attention at once, if a multiprocessor can: with less they
+come in two waves, and more leaves no L1 cache.
 """
 
 import ctypes

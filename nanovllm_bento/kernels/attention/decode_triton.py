@@ -69,7 +69,7 @@ FEW_PAIRS: list[tuple[int, DecodeConfig]] = [
 MANY_PAIRS: list[tuple[int, DecodeConfig]] = [
     (6, DecodeConfig(block_n=32, num_warps=2, num_stages=2, prefetch=True)),
     (12, DecodeConfig(block_n=16, num_warps=1, num_stages=2, prefetch=True)),
-    (8, DecodeConfig(block_n=16, num_warps=2, num_stages=3, prefetch=True)),
+    (8, DecodeConfig(block_n=32, num_warps=1, num_stages=2, prefetch=True)),
 ]
 """(programs that a multiprocessor's registers hold, configuration), for heads of 65 to 128 dimensions in 16 bits. Of
 those whose last waves are equally full the first is the fastest."""
