@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm_bento import cli
+from nanovllm_bento.cli.machine import diagnose
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.errors import ConfigError
 from nanovllm_bento.serving import resources
@@ -140,7 +140,7 @@ def test_doctor_says_what_workers_inherit(asked: EngineConfig, env: dict[str, st
 def test_doctor_names_the_gpus_for_serving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "count_gpus", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert "needs 1, this machine has 2" in dict(cli.diagnose())["GPUs for serving"]
+    assert "needs 1, this machine has 2" in dict(diagnose())["GPUs for serving"]
 
 
 def test_there_is_a_worker_for_every_four_cores_beside_a_gpu_and_one_on_a_cpu() -> None:

@@ -11,6 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from nanovllm_bento import cli
+from nanovllm_bento.cli.chat import console, error_message, stream_chat
+from nanovllm_bento.cli.serve import SHUTDOWN_MARGIN, settings_environment
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.errors import ConfigError
 
@@ -64,7 +66,7 @@ def test_serve_gives_bentoml_the_grace_time_and_its_own_options(executed: list[l
     command = executed[0]
     assert command[-4:] == ["--ssl-certfile", "cert.pem", "--backlog", "4096"]
     # uvicorn cuts connections only after the service has ended them with an error
-    assert int(command[command.index("--timeout-graceful-shutdown") + 1]) == 8 + cli.SHUTDOWN_MARGIN
+    assert int(command[command.index("--timeout-graceful-shutdown") + 1]) == 8 + SHUTDOWN_MARGIN
 
 
 def test_a_model_without_its_option_is_an_error(executed: list[list[str]], capfd: pytest.CaptureFixture[str]) -> None:
@@ -103,10 +105,10 @@ def test_own_errors_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_a_relative_model_path_survives_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert cli.settings_environment({"model": "m"})["NANOVLLM_MODEL"] == str(tmp_path / "m")
-    assert cli.settings_environment({"model": "a/b", "seed": None}) == {"NANOVLLM_MODEL": "a/b"}
+    assert settings_environment({"model": "m"})["NANOVLLM_MODEL"] == str(tmp_path / "m")
+    assert settings_environment({"model": "a/b", "seed": None}) == {"NANOVLLM_MODEL": "a/b"}
     (tmp_path / "keys").write_text("a:b")
-    assert cli.settings_environment({"api_keys_file": "keys"})["NANOVLLM_API_KEYS_FILE"] == str(tmp_path / "keys")
+    assert settings_environment({"api_keys_file": "keys"})["NANOVLLM_API_KEYS_FILE"] == str(tmp_path / "keys")
 
 
 @pytest.mark.parametrize(
@@ -177,8 +179,8 @@ def fake_server(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fake_server", "wide")
 def test_chat_keeps_the_conversation_and_can_forget_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["hello", "", "again", "bad", "more", "/reset", "new", "/exit"])
-    monkeypatch.setattr(cli.console, "input", lambda prompt: next(lines))
-    with cli.console.capture() as capture:
+    monkeypatch.setattr(console, "input", lambda prompt: next(lines))
+    with console.capture() as capture:
         result = runner.invoke(cli.app, ["chat", "--system", "be kind"])
     assert result.exit_code == 0, result.output
     text = capture.get()
@@ -192,14 +194,14 @@ def test_an_error_event_in_a_stream_is_raised() -> None:
     lines = 'data: {"choices": [{"delta": {"content": "a"}}]}\n\ndata: {"error": {"message": "engine died"}}\n\n'
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text=lines))
     with httpx.Client(transport=transport, base_url="http://test") as client:
-        pieces = cli.stream_chat(client, {})
+        pieces = stream_chat(client, {})
         assert next(pieces) == "a"
         with pytest.raises(RuntimeError, match="engine died"):
             next(pieces)
 
 
 def test_error_message_of_a_body_that_is_not_json() -> None:
-    assert cli.error_message(b"<html>", 502) == "HTTP 502: <html>"
+    assert error_message(b"<html>", 502) == "HTTP 502: <html>"
 
 
 def test_chat_without_a_server_names_the_remedy(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,35 @@
+"""The command ``nanovllm-bento``: serve · chat · bench · models · doctor.
+
+The options of ``serve`` and ``bench offline`` are made from EngineConfig and ServiceConfig, so a setting exists once.
+Nothing heavy is imported before a command needs it.
+"""
+
+import typer
+
+from nanovllm_bento.cli.bench import bench_app
+from nanovllm_bento.cli.chat import chat
+from nanovllm_bento.cli.machine import doctor, models
+from nanovllm_bento.cli.options import fail
+from nanovllm_bento.cli.serve import serve
+from nanovllm_bento.errors import NanoVLLMError
+
+app = typer.Typer(
+    name="nanovllm-bento",
+    help="A compact LLM engine, served with BentoML.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(serve)
+app.command()(chat)
+app.add_typer(bench_app, name="bench")
+app.command()(models)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Entry point: errors raised on purpose are shown as one line, exit status 2 for those of the caller."""
+    try:
+        app()
+    except NanoVLLMError as error:
+        fail(str(error))
