@@ -25,8 +25,8 @@ from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.cuda_graphs import graph_buckets
 from nanovllm_bento.engine.model_runner import ModelRunner
 from nanovllm_bento.kernels import shared_memory, split_k
-from nanovllm_bento.kernels.attention import decode_triton
 from nanovllm_bento.kernels.attention.decode_triton import DecodeConfig
+from nanovllm_bento.kernels.attention.triton_backend import TritonAttention
 
 PERCENTS = (shared_memory.DRIVERS_CHOICE, 28, 43, 57, 71, 100)
 SHAPES = [(64, 4, 2), (64, 4, 3), (64, 2, 2), (32, 2, 2), (32, 1, 2), (32, 1, 3), (16, 1, 2), (16, 1, 3), (16, 2, 3)]
@@ -37,10 +37,13 @@ WARM_UP_STEPS, GROUPS, REPLAYS = 4, 5, 6
 
 @contextmanager
 def library_products() -> Iterator[None]:
-    with patch.dict(split_k.TUNED, clear=True):
+    """From 17 rows on; up to 16 the fused products are no choice by rows."""
+    try:
+        with patch.dict(split_k.TUNED, clear=True):
+            split_k.choose_config.cache_clear()
+            yield
+    finally:
         split_k.choose_config.cache_clear()
-        yield
-    split_k.choose_config.cache_clear()
 
 
 def configurations(rows: int, kv_heads: int, now: DecodeConfig) -> list[DecodeConfig]:
@@ -57,6 +60,23 @@ def describe(config: DecodeConfig) -> str:
     splits = f"{config.programs_per_sm} a multiprocessor, {config.min_chunk} keys each"
     flags = "".join(f", {name}" for name in ("prefetch", "late") if getattr(config, name))
     return f"{config.block_n} keys, {config.num_warps} warps, {config.num_stages} stages; {splits}{flags}"
+
+
+def decode_backend(runner: ModelRunner) -> TritonAttention:
+    """That of decode rows. Raises SystemExit if it is not ours."""
+    backend = getattr(runner.backend, "_decode", None) if "+" in runner.backend.name else runner.backend
+    if not isinstance(backend, TritonAttention):
+        raise SystemExit(f"attention backend {runner.backend.name}: its decode steps are not cut by us.")
+    return backend
+
+
+def percent_of(runner: ModelRunner, rows: int) -> int:
+    """The division of memory that a step's graph is captured with."""
+    if runner.memory_shape is None:
+        raise SystemExit(
+            "no division of memory is set here: before Hopper, by ranks, mixtures of experts, batch_invariant."
+        )
+    return shared_memory.choose_percent(rows, runner.memory_shape)
 
 
 class Step:
@@ -91,12 +111,8 @@ def measure(core: EngineCore, rows: int, joint: bool) -> Iterator[dict[str, Any]
     """A result of each variant."""
     runner = core.runner
     assert isinstance(runner, ModelRunner)
-    backend = getattr(runner.backend, "_decode", runner.backend)  # that of decode rows
-    choose, heads = decode_triton.choose_config, runner.num_kv_heads
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    now = choose(runner.model_config.head_dim, runner.kv_dtype, runner.torch_dtype, rows, heads, sms)
-    percent_now = shared_memory.choose_percent(rows, runner.model_config.hidden_size, runner.kv_dtype.itemsize)
-    step = Step(runner, rows)
+    backend, step = decode_backend(runner), Step(runner, rows)
+    now, percent_now = backend.config_of(rows), percent_of(runner, rows)
 
     def timed(config: DecodeConfig, percent: int, products: AbstractContextManager[None] | None = None) -> float:
         with ExitStack() as stack:
@@ -107,8 +123,9 @@ def measure(core: EngineCore, rows: int, joint: bool) -> Iterator[dict[str, Any]
 
     described = {"attention": describe(now), "percent": percent_now}
     yield {"variant": "as it is", **described, "us": timed(now, percent_now)}
-    yield {"variant": "library products", **described, "us": timed(now, percent_now, library_products())}
-    configs = configurations(rows, heads, now) if joint else [now]
+    if rows >= split_k.MIN_ROWS:
+        yield {"variant": "library products", **described, "us": timed(now, percent_now, library_products())}
+    configs = configurations(rows, runner.num_kv_heads, now) if joint else [now]
     for config, percent in product(configs, PERCENTS):
         yield {"variant": "pair", "attention": describe(config), "percent": percent, "us": timed(config, percent)}
     yield {"variant": "as it is, again", **described, "us": timed(now, percent_now)}
@@ -138,7 +155,7 @@ def main() -> None:
                 found = list(measure(core, n, not args.division_only))
             report["rows"][str(n)] = {"context_len": context_len + WARM_UP_STEPS, "steps": found}
             best = min(found, key=lambda step: step["us"])
-            print(n, "rows:", *(f"{s['variant']} {s['us']}" for s in (found[0], found[1], found[-1])), "best:", best)
+            print(n, "rows:", *(f"{s['variant']} {s['us']}," for s in found if s["variant"] != "pair"), "best:", best)
             write_result(report, args.output)
     core.close()
 

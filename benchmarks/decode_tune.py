@@ -20,14 +20,22 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import skinny_tune, split_k_tune
-from benchmarks.decode_rows import PERCENTS, REPLAYS, WARM_UP_STEPS, Step, configurations, describe
+from benchmarks.decode_rows import (
+    PERCENTS,
+    REPLAYS,
+    WARM_UP_STEPS,
+    Step,
+    configurations,
+    decode_backend,
+    describe,
+    percent_of,
+)
 from nanovllm_bento.bench import steps
 from nanovllm_bento.bench.environment import environment, write_result
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.model_runner import ModelRunner
 from nanovllm_bento.kernels import shared_memory, skinny, split_k
-from nanovllm_bento.kernels.attention import decode_triton
 from nanovllm_bento.kernels.attention.decode_triton import DecodeConfig
 from nanovllm_bento.models.config import ModelConfig
 
@@ -68,8 +76,15 @@ def put(key: Key, config: Config | None) -> None:
     split_k.choose_config.cache_clear()
 
 
+def is_right(job: Any) -> bool:
+    """Whether a fused product computes what it should."""
+    operation, rows, n, k, _ = job
+    x, (weight,), norm, out = skinny_tune.inputs(operation, rows, n, k, 1)
+    return skinny_tune.is_right(job, x, weight, norm, out)
+
+
 def candidates(key: Key, seconds: float) -> list[Config | None]:
-    """Those that work and are not much slower than others alone."""
+    """Those that compile in time and are right; from 17 rows on, those not much slower than others alone."""
     operation, rows, n, k = key
     found: list[Config]
     if rows <= skinny.MAX_ROWS:
@@ -81,10 +96,10 @@ def candidates(key: Key, seconds: float) -> list[Config | None]:
     jobs = [(operation, rows, n, k, config) for config in found]
     failed = split_k_tune.compile_all(jobs, seconds, compile_job)
     if rows <= skinny.MAX_ROWS:
-        return [job[4] for job in jobs if job not in failed]
+        return [job[4] for job in jobs if job not in failed and is_right(job)]
     _, timed = split_k_tune.time_alone((operation, n, k), rows, failed)
-    good = [config for took, config in timed if took <= SLOWER_ALONE * timed[0][0]]
-    return [None, *good[:AT_MOST]]
+    good = [config for took, config in timed[:AT_MOST] if took <= SLOWER_ALONE * timed[0][0]]
+    return [None, *good]
 
 
 @dataclass
@@ -101,11 +116,8 @@ class Tuning:
         runner = self.core.runner
         assert isinstance(runner, ModelRunner)
         self.runner, self.step = runner, Step(runner, self.rows)
-        self.backend = getattr(runner.backend, "_decode", runner.backend)  # that of decode rows
-        itemsize, sms = runner.kv_dtype.itemsize, torch.cuda.get_device_properties(0).multi_processor_count
-        case = runner.model_config.head_dim, runner.kv_dtype, runner.torch_dtype, self.rows, runner.num_kv_heads, sms
-        self.attention = decode_triton.choose_config(*case)
-        self.percent = shared_memory.choose_percent(self.rows, runner.model_config.hidden_size, itemsize)
+        self.backend = decode_backend(runner)
+        self.attention, self.percent = self.backend.config_of(self.rows), percent_of(runner, self.rows)
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -131,20 +143,20 @@ class Tuning:
         for config, percent in product(configurations(self.rows, self.runner.num_kv_heads, now[0]), PERCENTS):
             self.attention, self.percent = config, percent
             tried.append((self.microseconds(), config, percent))
-        took, *pair = min(tried, key=lambda result: result[0])
+        tried = sorted((result for result in tried if result[0] < math.inf), key=lambda result: result[0])
+        took, *pair = tried[0]
         self.attention, self.percent = pair if took < GAIN * best else now  # type: ignore[assignment]
-        tried.sort(key=lambda result: result[0])
         nearest = [{"us": us, "attention": describe(config), "percent": p} for us, config, p in tried[:6]]
         self.log.append({"turn": "attention", "us_before": best, "best": nearest})
 
     def tune_product(self, key: Key, configs: list[Config | None]) -> list[Config | None]:
         """Returns the best few, best first."""
         now, best = table(key).get(key), self.microseconds()
-        tried = []
+        tried: list[tuple[float, Config | None]] = [(best, now)]
         for config in configs:
             put(key, config)
             tried.append((self.microseconds(), config))
-        tried.sort(key=lambda result: result[0])
+        tried = sorted((result for result in tried if result[0] < math.inf), key=lambda result: result[0])
         took, config = tried[0]
         put(key, config if took < GAIN * best else now)
         self.log.append({"turn": list(key), "was": now, "us_before": best, "best": tried[:6]})
@@ -155,7 +167,11 @@ def tune(core: EngineCore, rows: int, seconds: float) -> dict[str, Any]:
     """seconds: for compiling each product's candidates."""
     runner = core.runner
     assert isinstance(runner, ModelRunner)
-    with steps.decoding(core, rows, WARM_UP_STEPS + REPLAYS):
+    with (
+        patch.dict(skinny.TUNED),  # other numbers of rows may share an entry, and start from what is there now
+        patch.dict(split_k.TUNED),
+        steps.decoding(core, rows, WARM_UP_STEPS + REPLAYS),
+    ):
         for _ in range(WARM_UP_STEPS):
             core.step()
         torch.cuda.synchronize()
@@ -167,11 +183,13 @@ def tune(core: EngineCore, rows: int, seconds: float) -> dict[str, Any]:
         for key, configs in best.items():
             tuning.tune_product(key, configs)
         after = tuning.microseconds()
+        chosen = [[*key, table(key).get(key)] for key in best]
     assert tuning.attention is not None
-    chosen = [[*key, table(key).get(key)] for key in best]
+    skinny.choose_config.cache_clear()
+    split_k.choose_config.cache_clear()
     print(f"{rows} rows: {before} -> {after} us; {tuning.percent}%, {describe(tuning.attention)}", flush=True)
-    for key in best:
-        print(f"    {key!r}: {table(key).get(key)!r},".replace("'", '"'), flush=True)
+    for *key, config in chosen:
+        print(f"    {tuple(key)!r}: {config!r},".replace("'", '"'), flush=True)
     found = {"rows": rows, "us_before": before, "us": after, "percent": tuning.percent}
     return found | {"attention": describe(tuning.attention), "products": chosen, "log": tuning.log}
 
@@ -189,6 +207,12 @@ def main() -> None:
     settings = {"max_model_len": 4096, "kv_cache_memory_bytes": 24 << 30, "max_num_seqs": max(rows)}
     settings["load_format"] = args.load_format
     core = EngineCore.from_model(EngineConfig.create(env={}, model=args.model, **settings))
+    assert isinstance(core.runner, ModelRunner)
+    hidden_size = core.runner.model_config.hidden_size
+    for n in rows:
+        fused = skinny.supports(n, core.runner.torch_dtype, core.runner.torch_device, hidden_size)
+        if n > split_k.MAX_ROWS or (n <= skinny.MAX_ROWS and not fused):
+            raise SystemExit(f"{n} rows of this model: the products are the library's.")
     report: dict[str, Any] = {"benchmark": "decode_tune", "environment": environment(), "rows": []}
     for n in rows:
         if time.monotonic() - started < args.seconds:

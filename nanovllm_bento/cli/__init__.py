@@ -6,11 +6,7 @@ Nothing heavy is imported before a command needs it.
 
 import typer
 
-from nanovllm_bento.cli.bench import bench_app
-from nanovllm_bento.cli.chat import chat
-from nanovllm_bento.cli.machine import doctor, models
-from nanovllm_bento.cli.options import fail
-from nanovllm_bento.cli.serve import serve
+from nanovllm_bento.cli import bench, chat, machine, options, serve
 from nanovllm_bento.errors import NanoVLLMError
 
 app = typer.Typer(
@@ -20,11 +16,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(serve)
-app.command()(chat)
-app.add_typer(bench_app, name="bench")
-app.command()(models)
-app.command()(doctor)
+app.command()(serve.serve)
+app.command()(chat.chat)
+app.add_typer(bench.bench_app, name="bench")
+app.command()(machine.models)
+app.command()(machine.doctor)
 
 
 def main() -> None:
@@ -32,4 +28,4 @@ def main() -> None:
     try:
         app()
     except NanoVLLMError as error:
-        fail(str(error))
+        options.fail(str(error))

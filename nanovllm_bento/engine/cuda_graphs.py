@@ -103,17 +103,16 @@ class DecodeGraphs:
         """
         gc.collect()
         torch.cuda.synchronize()
-        with _no_collection():
-            for size in reversed(self.wanted):
-                try:
-                    self.capture_one(size)
-                    continue
-                except torch.OutOfMemoryError:
-                    if self._must_fit:
-                        raise
-                    # and let go of the tensors that the exception holds
-                torch.cuda.empty_cache()
-                logger.warning("no memory for the CUDA graph of %d sequences; such steps run eagerly", size)
+        for size in reversed(self.wanted):
+            try:
+                self.capture_one(size)
+                continue
+            except torch.OutOfMemoryError:
+                if self._must_fit:
+                    raise
+                # and let go of the tensors that the exception holds
+            torch.cuda.empty_cache()
+            logger.warning("no memory for the CUDA graph of %d sequences; such steps run eagerly", size)
         torch.cuda.synchronize()
         bucket = None
         for n in range(len(self._bucket_of) - 1, 0, -1):
@@ -130,7 +129,7 @@ class DecodeGraphs:
     def capture_one(self, size: int) -> None:
         """Capture a bucket, once more if it was before."""
         self._graphs.pop(size, None)
-        with self._within(size):
+        with _no_collection(), self._within(size):
             self._graphs[size] = self._capture(size)
 
     def _capture(self, size: int) -> DecodeGraph:

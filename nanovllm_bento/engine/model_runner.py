@@ -99,6 +99,11 @@ class ModelRunner:
 
         heads = split_heads(model_config.num_attention_heads, model_config.num_key_value_heads, group)
         self.num_kv_heads = heads.num_kv_heads
+        shape = shared_memory.Shape(
+            model_config.hidden_size, model_config.head_dim, heads.num_kv_heads, self.kv_dtype.itemsize
+        )
+        measured = group.size == 1 and not model_config.num_experts and not config.batch_invariant
+        self.memory_shape = shape if measured and self.on_gpu and use_pdl(self.torch_device) else None
         if config.batch_invariant and not self.on_gpu:
             raise ConfigError("batch_invariant=True needs a GPU; on a CPU float32 comes close (dtype='float32').")
         started = time.perf_counter()
@@ -106,7 +111,7 @@ class ModelRunner:
             torch.cuda.init()
             torch.cuda.set_device(self.torch_device)
             torch.zeros(1, device=self.torch_device)
-            if use_pdl(self.torch_device):
+            if self.memory_shape is not None:
                 shared_memory.watch()
             started = self._phase("cuda_context", started)
         self.backend = select_backend(
@@ -119,6 +124,7 @@ class ModelRunner:
             block_size=config.block_size,
             device=self.torch_device,
             batch_invariant=config.batch_invariant,
+            overlapping=self.memory_shape in shared_memory.CHOSEN_WITH_ATTENTION,
         )
         self.attention_backend = self.backend.name
         started = self._phase("attention_backend", started)
@@ -276,11 +282,9 @@ class ModelRunner:
 
     def _divided_memory(self, size: int) -> AbstractContextManager[None]:
         """What is in force while the decode graph of ``size`` rows is captured."""
-        measured = self.group.size == 1 and not self.model_config.num_experts and self.backend.fuses_decode
-        if not (measured and use_pdl(self.torch_device)):
+        if self.memory_shape is None or not self.backend.fuses_decode:
             return nullcontext()
-        hidden_size, itemsize = self.model_config.hidden_size, self.kv_dtype.itemsize
-        return shared_memory.prefer(shared_memory.choose_percent(size, hidden_size, itemsize))
+        return shared_memory.prefer(shared_memory.choose_percent(size, self.memory_shape))
 
     def _decode_logits(self, size: int) -> Tensor:
         """The captured part up to this rank's logits of the first ``size`` static rows."""

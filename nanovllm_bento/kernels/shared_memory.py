@@ -5,34 +5,49 @@ only kernels of one division can run at a time: to change it, all of one must ha
 each kernel a division that suits that one, and the kernels of a decode step hardly overlapped. Here all of them get the
 same while a step is captured in a CUDA graph, which keeps it.
 
-Best is the smallest shared memory that holds all programs of attention at once, if a multiprocessor can: with less they
-come in two waves, and more leaves no L1 cache.
+As a rule the smallest shared memory is best that holds all programs of attention at once: with less they come in two
+waves, and more leaves no L1 cache.
 """
 
 import ctypes
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanovllm_bento.kernels.launch import has_triton
+
+logger = logging.getLogger(__name__)
 
 DRIVERS_CHOICE = -1
 _PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # CUfunction_attribute
 
-TUNED: dict[tuple[int, int], list[tuple[int, int]]] = {
-    (1024, 2): [(1, 43), (2, 71), (8, 57), (16, 43), (48, 57), (64, 43)],
-    (1024, 1): [(2, 43), (40, 57)],
-    (4096, 2): [(2, 43)],
+
+class Shape(NamedTuple):
+    """What decides how much the kernels of a decode step hold."""
+
+    hidden_size: int
+    head_dim: int
+    num_kv_heads: int
+    kv_itemsize: int  # bytes of a number in the KV cache
+
+
+TUNED: dict[Shape, list[tuple[int, int]]] = {
+    Shape(1024, 128, 8, 2): [(1, 43), (2, 71), (11, 57), (16, 43), (48, 57), (64, 43)],
+    Shape(1024, 128, 8, 1): [(2, 43), (32, 57)],
+    Shape(4096, 128, 8, 2): [(2, 43)],
 }
-"""(Hidden size, bytes of a number in the KV cache) -> (up to so many rows, percent of the most there can be). More
-rows: the driver's choice, which was no worse. Qwen3-0.6B's and 8B's shapes on an H100 (benchmarks/decode_rows.py)."""
+"""Shape -> (up to so many rows, percent of the most there can be); above, and elsewhere: the driver's choice.
+
+Qwen3-0.6B's and 8B's on an H100 (benchmarks/decode_rows.py); with more rows it was no worse."""
+CHOSEN_WITH_ATTENTION = {Shape(1024, 128, 8, 2)}
+"""Where the configurations of attention were chosen with the division (FEW_PAIRS in attention/decode_triton.py)."""
 
 
-def choose_percent(rows: int, hidden_size: int, kv_itemsize: int) -> int:
+def choose_percent(rows: int, shape: Shape) -> int:
     """Percent of the largest shared memory for a decode step of ``rows`` rows."""
-    measured = TUNED.get((hidden_size, kv_itemsize), [])
-    return next((percent for most, percent in measured if rows <= most), DRIVERS_CHOICE)
+    return next((percent for most, percent in TUNED.get(shape, []) if rows <= most), DRIVERS_CHOICE)
 
 
 class _Kernels:
@@ -41,25 +56,31 @@ class _Kernels:
     def __init__(self) -> None:
         from triton import knobs
 
-        self.percent, self.handles = DRIVERS_CHOICE, list[int]()
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        self.percent, self.handles = DRIVERS_CHOICE, dict[int, None]()
+        self._driver, self._refused = ctypes.CDLL("libcuda.so.1"), False
         knobs.runtime.kernel_load_end_hook.add(self._loaded)
+        if hasattr(knobs.runtime, "kernel_unload_hook"):  # of newer versions, which unload kernels
+            knobs.runtime.kernel_unload_hook.add(self._unloaded)
 
     def prefer(self, percent: int) -> None:
         self.percent = percent
         for handle in self.handles:
             self._set(handle)
 
-    def _loaded(self, module: int, function: int, name: str, *rest: Any) -> None:
-        self.handles.append(function)
+    def _loaded(self, module: int, function: int, *rest: Any) -> None:
+        self.handles[function] = None
         if self.percent != DRIVERS_CHOICE:
             self._set(function)
+
+    def _unloaded(self, module: int, function: int, *rest: Any) -> None:
+        self.handles.pop(function, None)
 
     def _set(self, handle: int) -> None:
         function, percent = ctypes.c_void_p(handle), ctypes.c_int(self.percent)
         code = self._driver.cuFuncSetAttribute(function, _PREFERRED_SHARED_MEMORY_CARVEOUT, percent)
-        if code != 0:
-            raise RuntimeError(f"cuFuncSetAttribute failed with CUDA driver error {code}.")
+        if code != 0 and not self._refused:
+            self._refused = True  # decode steps are slower then, no more
+            logger.warning("cuFuncSetAttribute failed with CUDA driver error %d; kernels may overlap less", code)
 
 
 @cache
@@ -75,8 +96,8 @@ def prefer(percent: int) -> Iterator[None]:
     if kernels is None or percent == DRIVERS_CHOICE:
         yield
         return
-    kernels.prefer(percent)
     try:
+        kernels.prefer(percent)
         yield
     finally:
         kernels.prefer(DRIVERS_CHOICE)

@@ -72,8 +72,8 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
 }
 """(operation, rows rounded up to a power of two, n, k) -> measured best, 16-bit dtypes.
 
-0.6B's: in the engine (benchmarks/decode_rows.py), beside attention. Others: benchmarks/skinny_tune.py; those without a
-norm are of one of two tensor-parallel ranks, on an H200."""
+0.6B's: in the engine, beside attention, as benchmarks/decode_tune.py does (by hand, no file kept). Others:
+benchmarks/skinny_tune.py; those without a norm are of one of two tensor-parallel ranks, on an H200."""
 
 
 def supports(rows: int, dtype: torch.dtype, device: torch.device, hidden_size: int = 0) -> bool:

@@ -24,7 +24,7 @@ ROWS = (32, 40, 64, 96, 128, 224, 240, 256)
 """What numbers of rows are rounded up to.
 
 A tile has as many rows as the next power of two. Far below that cuBLAS, whose tiles have other heights, is faster: in
-the engine by 0.4 ms of 3.4 a step at 80 rows."""
+the engine by 0.4 ms of 3.4 a step at 80 rows; at 40 rows for two products of the four."""
 
 
 class Config(NamedTuple):
@@ -61,10 +61,10 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
     ("linear_parts", 256, 1024, 2048): Config(128, 64, 64, 4, 6, 4, False),
     ("linear_parts", 256, 1024, 3072): Config(128, 64, 64, 4, 6, 8, False),
 }
-"""(operation, rows rounded up to one of ROWS, n, k) -> measured best in a chain of layers.
+"""(operation, rows rounded up to one of ROWS, n, k) -> measured best.
 
-16-bit numbers, an H100 (benchmarks/split_k_tune.py; up to 64 rows, the bounds, 256's "linear" and the LM head: in the
-engine, benchmarks/decode_rows.py)."""
+16-bit numbers, an H100: from 65 rows on in a chain of layers (benchmarks/split_k_tune.py); up to 64 rows in the engine,
+beside attention, as benchmarks/decode_tune.py does (by hand, no file kept), like ROWS, 256's "linear", the LM head."""
 
 
 def supports(rows: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -86,8 +86,9 @@ def test_kernels_that_overlap_compute_what_they_do_one_by_one(as_wide_as_0_6b, c
         assert torch.equal(eager, graph.logits)
 
 
-def test_only_graphs_keep_a_division_of_memory(as_wide_as_0_6b):
+def test_kernels_prefer_a_division_of_memory_within_a_capture_alone(as_wide_as_0_6b):
     runner = engine(as_wide_as_0_6b, max_num_seqs=4).runner
+    assert runner.memory_shape in shared_memory.CHOSEN_WITH_ATTENTION
     kernels = shared_memory.watch()
     assert kernels is not None and kernels.handles and kernels.percent == shared_memory.DRIVERS_CHOICE
     driver, value = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
@@ -101,7 +102,8 @@ def test_only_graphs_keep_a_division_of_memory(as_wide_as_0_6b):
 
     assert preferred() == {shared_memory.DRIVERS_CHOICE}
     with runner._divided_memory(2):
-        assert preferred() == {shared_memory.choose_percent(2, 1024, 2)} != {shared_memory.DRIVERS_CHOICE}
+        wanted = shared_memory.choose_percent(2, runner.memory_shape)
+        assert preferred() == {wanted} != {shared_memory.DRIVERS_CHOICE}
     assert preferred() == {shared_memory.DRIVERS_CHOICE}
 
 

@@ -151,6 +151,21 @@ def test_a_last_wave_of_few_programs_is_avoided() -> None:
     assert choose_config(64, torch.bfloat16, torch.bfloat16, 256, 8, 132).block_n == 32, "not measured there"
 
 
+def test_programs_are_small_only_where_kernels_overlap() -> None:
+    case = (torch.bfloat16, 8, 132)
+
+    def chosen(rows: int, head_dim: int, kv_dtype: torch.dtype, overlapping: bool) -> DecodeConfig:
+        return choose_config(head_dim, kv_dtype, case[0], rows, *case[1:], overlapping)
+
+    for rows in (1, 4, 16, 40, 64):
+        alone, beside = (chosen(rows, 128, torch.bfloat16, overlapping) for overlapping in (False, True))
+        assert alone != beside
+        assert beside.num_warps <= alone.num_warps
+        for head_dim, kv_dtype in ((64, torch.bfloat16), (128, FP8), (256, torch.bfloat16)):
+            assert chosen(rows, head_dim, kv_dtype, True) == chosen(rows, head_dim, kv_dtype, False), "not measured"
+    assert chosen(80, 128, torch.bfloat16, True) == chosen(80, 128, torch.bfloat16, False)
+
+
 FUSED_LENGTHS = [33, 1, 0, 16, 17, 70]
 
 

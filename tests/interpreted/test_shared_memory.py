@@ -8,7 +8,7 @@ from triton import knobs
 
 from nanovllm_bento.engine.cuda_graphs import graph_buckets
 from nanovllm_bento.kernels import shared_memory
-from nanovllm_bento.kernels.shared_memory import DRIVERS_CHOICE, choose_percent, prefer
+from nanovllm_bento.kernels.shared_memory import DRIVERS_CHOICE, Shape, choose_percent, prefer
 
 
 class Driver:
@@ -31,6 +31,8 @@ def driver(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: found)
     hooks = type(knobs.runtime.kernel_load_end_hook)(reversed=True)
     monkeypatch.setattr(knobs.runtime, "kernel_load_end_hook", hooks)
+    if hasattr(knobs.runtime, "kernel_unload_hook"):
+        monkeypatch.setattr(knobs.runtime, "kernel_unload_hook", type(hooks)())
     shared_memory.watch.cache_clear()
     yield found
     shared_memory.watch.cache_clear()
@@ -69,16 +71,35 @@ def test_the_drivers_choice_asks_for_nothing(driver):
     assert driver.told == {}
 
 
-def test_what_the_driver_refuses_is_not_silent(driver):
+def test_what_the_driver_refuses_is_said_once_and_leaves_nothing(driver, caplog):
     shared_memory.watch()
     load(10)
+    load(11)
     driver.code = 400
-    with pytest.raises(RuntimeError, match="400"), prefer(43):
+    with prefer(43):
         pass
+    assert driver.told == {10: DRIVERS_CHOICE, 11: DRIVERS_CHOICE}
+    assert [record.args for record in caplog.records] == [(400,)]
+    driver.told.clear()
+    load(12)
+    assert driver.told == {}
+
+
+def test_a_kernel_that_was_unloaded_is_told_nothing_more(driver):
+    if not hasattr(knobs.runtime, "kernel_unload_hook"):
+        pytest.skip("this Triton unloads nothing")
+    shared_memory.watch()
+    load(10)
+    load(11)
+    knobs.runtime.kernel_unload_hook(1, 10, "a_kernel", {}, "hash")
+    with prefer(43):
+        pass
+    assert driver.told == {11: DRIVERS_CHOICE}
 
 
 def test_every_graph_of_up_to_64_rows_has_a_measured_division():
-    found = {rows: choose_percent(rows, 1024, 2) for rows in graph_buckets(256)}
+    measured = Shape(1024, 128, 8, 2)
+    found = {rows: choose_percent(rows, measured) for rows in graph_buckets(256)}
     assert all((percent == DRIVERS_CHOICE) == (rows > 64) for rows, percent in found.items())
-    assert {found[rows] for rows in (1, 2, 8, 16, 40, 64)} <= set(range(1, 101))
-    assert choose_percent(1, 2048, 2) == choose_percent(1, 1024, 4) == DRIVERS_CHOICE, "not measured"
+    for other in ({"hidden_size": 2048}, {"head_dim": 64}, {"num_kv_heads": 4}, {"kv_itemsize": 4}):
+        assert choose_percent(1, measured._replace(**other)) == DRIVERS_CHOICE, f"{other} was not measured"

@@ -26,6 +26,19 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.parametrize("key", skinny.TUNED)
+def test_a_tuned_configuration_fits_its_shape(key):
+    _, rows, _, k = key
+    config = skinny.TUNED[key]
+    width = config.block_k * max(1, config.split)
+    assert config.prefetch <= -(-k // width)
+    if config.split:
+        assert config.block_m >= rows, "rows would be left unwritten"
+        assert config.num_warps == config.split, "a warp a slice"
+    else:
+        assert rows <= 4, "a vector kernel computes each row by itself"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("config", VECTOR + MATRIX)

@@ -80,6 +80,14 @@ def test_which_steps_are_supported(rows, supported):
     assert not split_k.supports(rows, torch.bfloat16, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("key", split_k.TUNED)
+def test_a_tuned_configuration_cuts_its_shape_without_rest(key):
+    operation, rows, n, k = key
+    assert split_k.suits(split_k.TUNED[key], n, k)
+    assert rows in split_k.ROWS
+    assert operation == "linear_parts" or split_k.TUNED[key].splits == 1
+
+
 def test_rows_are_rounded_up_to_those_that_were_measured():
     choose = split_k.choose_config
     shape = ("linear_parts", 1024, 3072)

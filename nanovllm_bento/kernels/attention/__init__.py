@@ -27,16 +27,18 @@ def select_backend(
     block_size: int,
     device: "torch.device",
     batch_invariant: bool = False,
+    overlapping: bool = False,
 ) -> "AttentionBackend":
     """The backend called ``name``, or for "auto" the fastest that works, maybe one for each phase.
 
-    batch_invariant: a token's output must have the same bits however it was chunked or batched. On a GPU this may wait
+    batch_invariant: a token's output must have the same bits however it was chunked or batched. overlapping: all
+    kernels of a decode step divide a multiprocessor's memory alike (kernels/shared_memory.py). On a GPU this may wait
     for the device (flash_attn is tried out). Raises ConfigError for an unknown name, or one that does not work here,
     with the reason.
     """
     if name not in ("auto", *BACKENDS):
         raise ConfigError(f"attention_backend={name!r} is unknown; known: auto, {', '.join(BACKENDS)}.")
-    case = _Case(num_heads, num_kv_heads, head_dim, dtype, kv_dtype, block_size, device, batch_invariant)
+    case = _Case(num_heads, num_kv_heads, head_dim, dtype, kv_dtype, block_size, device, batch_invariant, overlapping)
     if name != "auto":
         backend, reason = case.make(name)
         if backend is None:
@@ -85,10 +87,11 @@ class _Case:
         block_size: int,
         device: "torch.device",
         batch_invariant: bool,
+        overlapping: bool = False,
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.dtype, self.kv_dtype, self.block_size, self.device = dtype, kv_dtype, block_size, device
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.overlapping = batch_invariant, overlapping
         self.supports_args = (head_dim, dtype, kv_dtype, block_size, device)
 
     def make(self, name: str) -> "tuple[AttentionBackend | None, str | None]":
@@ -124,6 +127,7 @@ class _Case:
             self.kv_dtype,
             self.device,
             self.batch_invariant,
+            overlapping=self.overlapping,
         )
         return backend, None
 

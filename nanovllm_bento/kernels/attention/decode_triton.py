@@ -63,8 +63,9 @@ FEW_PAIRS: list[tuple[int, DecodeConfig]] = [
     (384, DecodeConfig(block_n=32, num_warps=1, num_stages=3, programs_per_sm=1, prefetch=True)),
     (512, DecodeConfig(block_n=16, num_warps=2, num_stages=3, programs_per_sm=1, prefetch=True)),
 ]
-"""(rows times KV heads at most, configuration), for heads of 65 to 128 dimensions in 16 bits. Measured in the engine
-(benchmarks/decode_rows.py), where the products that follow start beside attention if it leaves them room."""
+"""(rows times KV heads at most, configuration), for heads of 65 to 128 dimensions in 16 bits, where the kernels of a
+step overlap. Measured in the engine (benchmarks/decode_rows.py): the products that follow start beside attention if it
+leaves them room."""
 
 MANY_PAIRS: list[tuple[int, DecodeConfig]] = [
     (6, DecodeConfig(block_n=32, num_warps=2, num_stages=2, prefetch=True)),
@@ -81,22 +82,33 @@ E4M3_SHIFT = 256.0
 
 @cache
 def choose_config(
-    head_dim: int, kv_dtype: torch.dtype, dtype: torch.dtype, num_rows: int, kv_heads: int, sms: int
+    head_dim: int,
+    kv_dtype: torch.dtype,
+    dtype: torch.dtype,
+    num_rows: int,
+    kv_heads: int,
+    sms: int,
+    overlapping: bool = False,
 ) -> DecodeConfig:
     """The configuration for a case, from what is fixed in a CUDA graph.
 
-    Measured on an H100 with 8 KV heads of 128 (benchmarks/attention_tune.py). Few rows: short splits of one tile, whose
-    loads all go out at once. Many: small programs without splits, several of which share a multiprocessor, cut so that
-    their last wave is nearly a full one.
+    overlapping: the kernels of decode steps divide a multiprocessor's memory alike (kernels/shared_memory.py).
+
+    Measured on an H100 with 8 KV heads of 128: alone (benchmarks/attention_tune.py), and in the engine FEW_PAIRS and
+    MANY_PAIRS. Few rows: short splits of one tile, whose loads all go out at once, or fewer and smaller programs that
+    leave others room. Many: small programs without splits, several of which share a multiprocessor, cut so that their
+    last wave is nearly a full one.
     """
     wide = head_dim > 128
     if dtype == torch.float32:
         return DecodeConfig(block_n=16 if wide else 32)
     pairs = num_rows * kv_heads
     fp8 = kv_dtype.itemsize == 1
-    if 64 < head_dim <= 128 and not fp8:
-        few = (config for most, config in FEW_PAIRS if pairs <= most)
-        config = next(few, None) or min(MANY_PAIRS, key=lambda held: _waste(pairs / sms / held[0]))[1]
+    measured = 64 < head_dim <= 128 and not fp8
+    if measured and overlapping and pairs <= FEW_PAIRS[-1][0]:
+        config = next(config for most, config in FEW_PAIRS if pairs <= most)
+    elif measured and pairs > 4 * sms:
+        config = min(MANY_PAIRS, key=lambda held: _waste(pairs / sms / held[0]))[1]
     elif pairs < 64:
         config = DecodeConfig(num_stages=3, programs_per_sm=2, min_chunk=64, prefetch=True)
     elif pairs < 256:

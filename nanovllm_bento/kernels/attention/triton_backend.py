@@ -23,7 +23,8 @@ MAX_HEAD_DIM = 256
 class TritonAttention:
     """Implements PhaseBackend. batch_invariant: a token's output has the same bits however it was chunked or batched.
 
-    decode_config, prefill_config: instead of the checked-in ones (tuning, tests).
+    decode_config, prefill_config: instead of the checked-in ones (tuning, tests). overlapping: as
+    decode_triton.choose_config.
     """
 
     name = "triton"
@@ -42,12 +43,13 @@ class TritonAttention:
         batch_invariant: bool = False,
         decode_config: "DecodeConfig | None" = None,
         prefill_config: "PrefillConfig | None" = None,
+        overlapping: bool = False,
     ) -> None:
         from nanovllm_bento.kernels.attention import decode_triton, prefill_triton
 
         group = num_heads // num_kv_heads
         self.num_kv_heads = num_kv_heads
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.overlapping = batch_invariant, overlapping
         self.fuses_decode = not batch_invariant and head_dim % 2 == 0
         self.decode_config = decode_config
         self._case = (head_dim, kv_dtype, dtype)
@@ -170,5 +172,10 @@ class TritonAttention:
     def _plan(self, meta: AttentionMetadata) -> "tuple[DecodeConfig, tuple[int, int]]":
         """The decode rows' configuration and splits."""
         rows, kv_heads = meta.num_decode_rows, self.num_kv_heads
-        config = self.decode_config or self._choose_config(*self._case, rows, kv_heads, self._sms)
+        config = self.config_of(rows)
         return config, self._choose_splits(config, rows, kv_heads, meta.max_seq_len, self._sms)
+
+    def config_of(self, rows: int) -> "DecodeConfig":
+        """How a step of so many decode rows is cut."""
+        case = (*self._case, rows, self.num_kv_heads, self._sms, self.overlapping)
+        return self.decode_config or self._choose_config(*case)
