@@ -9,7 +9,7 @@ folder, with random weights as good as any. --context: tokens of each row.
 import argparse
 import statistics
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -46,6 +46,16 @@ def library_products() -> Iterator[None]:
         split_k.choose_config.cache_clear()
 
 
+@contextmanager
+def in_force(backend: TritonAttention, config: DecodeConfig, percent: int) -> Iterator[None]:
+    """A graph that is captured within has this attention and this division of memory."""
+    with (
+        patch.object(shared_memory, "choose_percent", lambda *case: percent),
+        patch.object(backend, "decode_config", config),
+    ):
+        yield
+
+
 def configurations(rows: int, kv_heads: int, now: DecodeConfig) -> list[DecodeConfig]:
     splits = SPLITS if rows * kv_heads <= 132 else [(1, 64)]
     shapes = [
@@ -79,11 +89,17 @@ def percent_of(runner: ModelRunner, rows: int) -> int:
     return shared_memory.choose_percent(rows, runner.memory_shape)
 
 
-class Step:
-    """One decode step, replayed over the same rows again and again."""
+def make_engine(model: str, rows: list[int], **settings: Any) -> EngineCore:
+    settings |= {"max_model_len": 4096, "kv_cache_memory_bytes": 24 << 30, "max_num_seqs": max(rows)}
+    return EngineCore.from_model(EngineConfig.create(env={}, model=model, **settings))
 
-    def __init__(self, runner: ModelRunner, rows: int) -> None:
-        self.runner, self.rows = runner, rows
+
+class Step:
+    """One decode step, replayed over the same rows again and again. context_len: tokens of each."""
+
+    def __init__(self, runner: ModelRunner, rows: int, context_len: int) -> None:
+        self.runner, self.rows, self.context_len = runner, rows, context_len
+        self.backend = decode_backend(runner)
         self.static_rows = runner.static_rows.clone()
 
     @torch.inference_mode()
@@ -107,18 +123,24 @@ class Step:
         return round(statistics.median(times[1:]), 1)
 
 
-def measure(core: EngineCore, rows: int, joint: bool) -> Iterator[dict[str, Any]]:
+@contextmanager
+def decoding(core: EngineCore, rows: int) -> Iterator[Step]:
+    """A step of so many rows, whose sequences are gone afterwards."""
+    assert isinstance(core.runner, ModelRunner)
+    with steps.decoding(core, rows, WARM_UP_STEPS + REPLAYS) as context_len:
+        for _ in range(WARM_UP_STEPS):
+            core.step()
+        torch.cuda.synchronize()
+        yield Step(core.runner, rows, context_len + WARM_UP_STEPS)
+
+
+def measure(step: Step, joint: bool) -> Iterator[dict[str, Any]]:
     """A result of each variant."""
-    runner = core.runner
-    assert isinstance(runner, ModelRunner)
-    backend, step = decode_backend(runner), Step(runner, rows)
-    now, percent_now = backend.config_of(rows), percent_of(runner, rows)
+    runner, rows = step.runner, step.rows
+    now, percent_now = step.backend.config_of(rows), percent_of(runner, rows)
 
     def timed(config: DecodeConfig, percent: int, products: AbstractContextManager[None] | None = None) -> float:
-        with ExitStack() as stack:
-            stack.enter_context(products or nullcontext())
-            stack.enter_context(patch.object(shared_memory, "choose_percent", lambda *case: percent))
-            stack.enter_context(patch.object(backend, "decode_config", config))
+        with products or nullcontext(), in_force(step.backend, config, percent):
             return step.microseconds()
 
     described = {"attention": describe(now), "percent": percent_now}
@@ -142,18 +164,13 @@ def main() -> None:
     parser.add_argument("--division-only", action="store_true", help="leave attention as it is")
     args = parser.parse_args()
     rows = graph_buckets(256) if args.rows is None else [int(n) for n in args.rows.split(",")]
-    settings = {"max_model_len": 4096, "kv_cache_memory_bytes": 24 << 30, "max_num_seqs": max(rows)}
-    settings |= {"kv_cache_dtype": args.kv_cache_dtype, "load_format": args.load_format}
-    core = EngineCore.from_model(EngineConfig.create(env={}, model=args.model, **settings))
+    core = make_engine(args.model, rows, kv_cache_dtype=args.kv_cache_dtype, load_format=args.load_format)
     report: dict[str, Any] = {"benchmark": "decode_rows", "environment": environment(), "rows": {}}
     with patch.object(steps, "CONTEXT_LEN", args.context):
         for n in rows:
-            with steps.decoding(core, n, WARM_UP_STEPS + REPLAYS) as context_len:
-                for _ in range(WARM_UP_STEPS):
-                    core.step()
-                torch.cuda.synchronize()
-                found = list(measure(core, n, not args.division_only))
-            report["rows"][str(n)] = {"context_len": context_len + WARM_UP_STEPS, "steps": found}
+            with decoding(core, n) as step:
+                found = list(measure(step, not args.division_only))
+            report["rows"][str(n)] = {"context_len": step.context_len, "steps": found}
             best = min(found, key=lambda step: step["us"])
             print(n, "rows:", *(f"{s['variant']} {s['us']}," for s in found if s["variant"] != "pair"), "best:", best)
             write_result(report, args.output)

@@ -9,33 +9,26 @@ rows, kernels/split_k.py beyond), and all once more; each by the time of a whole
 import argparse
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
 from benchmarks import skinny_tune, split_k_tune
 from benchmarks.decode_rows import (
     PERCENTS,
-    REPLAYS,
-    WARM_UP_STEPS,
     Step,
     configurations,
-    decode_backend,
+    decoding,
     describe,
+    in_force,
+    make_engine,
     percent_of,
 )
-from nanovllm_bento.bench import steps
 from nanovllm_bento.bench.environment import environment, write_result
-from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.model_runner import ModelRunner
-from nanovllm_bento.kernels import shared_memory, skinny, split_k
+from nanovllm_bento.kernels import skinny, split_k
 from nanovllm_bento.kernels.attention.decode_triton import DecodeConfig
 from nanovllm_bento.models.config import ModelConfig
 
@@ -72,6 +65,11 @@ def put(key: Key, config: Config | None) -> None:
         table(key).pop(key, None)
     else:
         table(key)[key] = config
+    forget_choices()
+
+
+def forget_choices() -> None:
+    """After a change of the tables."""
     skinny.choose_config.cache_clear()
     split_k.choose_config.cache_clear()
 
@@ -102,34 +100,20 @@ def candidates(key: Key, seconds: float) -> list[Config | None]:
     return [None, *good]
 
 
-@dataclass
 class Tuning:
-    """Of one number of rows. log: what was tried, the best of each turn."""
+    """Of one number of rows: attention and division as chosen so far. (Products are in their tables.)
 
-    core: EngineCore
-    rows: int
-    percent: int = shared_memory.DRIVERS_CHOICE
-    attention: DecodeConfig | None = None
-    log: list[dict[str, Any]] = field(default_factory=list)
+    log: what was tried, the best of each turn.
+    """
 
-    def __post_init__(self) -> None:
-        runner = self.core.runner
-        assert isinstance(runner, ModelRunner)
-        self.runner, self.step = runner, Step(runner, self.rows)
-        self.backend = decode_backend(runner)
-        self.attention, self.percent = self.backend.config_of(self.rows), percent_of(runner, self.rows)
-
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """What is chosen of attention and division. (Products are in their tables.)"""
-        with (
-            patch.object(shared_memory, "choose_percent", lambda *case: self.percent),
-            patch.object(self.backend, "decode_config", self.attention),
-        ):
-            yield
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.attention: DecodeConfig = step.backend.config_of(step.rows)
+        self.percent = percent_of(step.runner, step.rows)
+        self.log: list[dict[str, Any]] = []
 
     def microseconds(self) -> float:
-        with self.in_force():
+        with in_force(self.step.backend, self.attention, self.percent):
             try:
                 return self.step.microseconds()
             except Exception as error:  # too much shared memory, say
@@ -137,10 +121,9 @@ class Tuning:
                 return math.inf
 
     def tune_attention(self) -> None:
-        assert self.attention is not None
         now, best = (self.attention, self.percent), self.microseconds()
         tried = []
-        for config, percent in product(configurations(self.rows, self.runner.num_kv_heads, now[0]), PERCENTS):
+        for config, percent in product(configurations(self.step.rows, self.step.runner.num_kv_heads, now[0]), PERCENTS):
             self.attention, self.percent = config, percent
             tried.append((self.microseconds(), config, percent))
         tried = sorted((result for result in tried if result[0] < math.inf), key=lambda result: result[0])
@@ -165,28 +148,21 @@ class Tuning:
 
 def tune(core: EngineCore, rows: int, seconds: float) -> dict[str, Any]:
     """seconds: for compiling each product's candidates."""
-    runner = core.runner
-    assert isinstance(runner, ModelRunner)
     with (
         patch.dict(skinny.TUNED),  # other numbers of rows may share an entry, and start from what is there now
         patch.dict(split_k.TUNED),
-        steps.decoding(core, rows, WARM_UP_STEPS + REPLAYS),
+        decoding(core, rows) as step,
     ):
-        for _ in range(WARM_UP_STEPS):
-            core.step()
-        torch.cuda.synchronize()
-        tuning = Tuning(core, rows)
+        tuning = Tuning(step)
         before = tuning.microseconds()
         tuning.tune_attention()
-        best = {key: tuning.tune_product(key, candidates(key, seconds)) for key in keys(runner.model_config, rows)}
+        best = {key: tuning.tune_product(key, candidates(key, seconds)) for key in keys(step.runner.model_config, rows)}
         tuning.tune_attention()
         for key, configs in best.items():
             tuning.tune_product(key, configs)
         after = tuning.microseconds()
         chosen = [[*key, table(key).get(key)] for key in best]
-    assert tuning.attention is not None
-    skinny.choose_config.cache_clear()
-    split_k.choose_config.cache_clear()
+    forget_choices()
     print(f"{rows} rows: {before} -> {after} us; {tuning.percent}%, {describe(tuning.attention)}", flush=True)
     for *key, config in chosen:
         print(f"    {tuple(key)!r}: {config!r},".replace("'", '"'), flush=True)
@@ -204,9 +180,7 @@ def main() -> None:
     parser.add_argument("--load-format", default="auto", help="dummy: MODEL needs no weights")
     args = parser.parse_args()
     rows, started = [int(n) for n in args.rows.split(",")], time.monotonic()
-    settings = {"max_model_len": 4096, "kv_cache_memory_bytes": 24 << 30, "max_num_seqs": max(rows)}
-    settings["load_format"] = args.load_format
-    core = EngineCore.from_model(EngineConfig.create(env={}, model=args.model, **settings))
+    core = make_engine(args.model, rows, load_format=args.load_format)
     assert isinstance(core.runner, ModelRunner)
     hidden_size = core.runner.model_config.hidden_size
     for n in rows:

@@ -6,7 +6,8 @@ Nothing heavy is imported before a command needs it.
 
 import typer
 
-from nanovllm_bento.cli import bench, chat, machine, options, serve
+from nanovllm_bento.cli import bench, chat, machine, serve
+from nanovllm_bento.cli.terminal import fail
 from nanovllm_bento.errors import NanoVLLMError
 
 app = typer.Typer(
@@ -28,4 +29,4 @@ def main() -> None:
     try:
         app()
     except NanoVLLMError as error:
-        options.fail(str(error))
+        fail(str(error))

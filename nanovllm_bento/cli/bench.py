@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from nanovllm_bento.bench.serve_options import LoadOptions
-from nanovllm_bento.cli.options import fail, with_settings
+from nanovllm_bento.cli.options import with_settings
 from nanovllm_bento.cli.serve import serve_command, service_folder, settings_environment
+from nanovllm_bento.cli.terminal import console, fail
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 
 bench_app = typer.Typer(
     no_args_is_help=True, help="Benchmarks. Each one has a JSON result that says where it was measured."
 )
-console = Console()
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="File for the result; default: print it.", dir_okay=False)

@@ -5,11 +5,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from nanovllm_bento.cli.options import fail
-
-console = Console()
+from nanovllm_bento.cli.terminal import console, fail
 
 
 def chat(

@@ -4,10 +4,10 @@ import platform
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 import nanovllm_bento
+from nanovllm_bento.cli.terminal import console
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.errors import NanoVLLMError
 
@@ -18,8 +18,6 @@ NAMING = (
     ("owner/name", "a model of the Hugging Face Hub, downloaded when it is not cached"),
     ("name:version", "a model of the BentoML model store"),
 )
-
-console = Console()
 
 
 def models() -> None:

@@ -1,11 +1,10 @@
 """Options made from the settings: one for each field of a pydantic model."""
 
 import inspect
-import sys
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -14,12 +13,6 @@ from nanovllm_bento.config import ENV_PREFIX, EngineConfig, ServiceConfig
 
 PANELS: dict[type[BaseModel], str] = {EngineConfig: "Engine", ServiceConfig: "Service"}
 """Settings that environment variables set too, and where --help shows them."""
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Print an error and exit."""
-    print(f"Error: {message}", file=sys.stderr)
-    raise SystemExit(status)
 
 
 def with_settings(

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 import nanovllm_bento
-from nanovllm_bento.cli.options import fail, with_settings
+from nanovllm_bento.cli.options import with_settings
+from nanovllm_bento.cli.terminal import fail
 from nanovllm_bento.config import ENV_PREFIX, EngineConfig, ServiceConfig
 
 SERVICE = "service:NanoVLLM"

@@ -152,10 +152,8 @@ def test_a_last_wave_of_few_programs_is_avoided() -> None:
 
 
 def test_programs_are_small_only_where_kernels_overlap() -> None:
-    case = (torch.bfloat16, 8, 132)
-
     def chosen(rows: int, head_dim: int, kv_dtype: torch.dtype, overlapping: bool) -> DecodeConfig:
-        return choose_config(head_dim, kv_dtype, case[0], rows, *case[1:], overlapping)
+        return choose_config(head_dim, kv_dtype, torch.bfloat16, rows, 8, 132, overlapping)
 
     for rows in (1, 4, 16, 40, 64):
         alone, beside = (chosen(rows, 128, torch.bfloat16, overlapping) for overlapping in (False, True))

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from nanovllm_bento import cli
-from nanovllm_bento.cli.chat import console, error_message, stream_chat
+from nanovllm_bento.cli.chat import error_message, stream_chat
 from nanovllm_bento.cli.serve import SHUTDOWN_MARGIN, settings_environment
+from nanovllm_bento.cli.terminal import console
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.errors import ConfigError
 
