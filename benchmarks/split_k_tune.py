@@ -91,8 +91,10 @@ def run(operation: str, x: Tensor, weight: Tensor, config: Config | None) -> Ten
         y = F.linear(x, weight)
         return silu_and_mul(y) if is_gated(operation) else y
     if operation == "linear_parts" and config.splits > 1:
-        return split_k.linear_parts(x, weight, None, config)
-    return split_k.gate_up(x, weight, config) if operation == "gate_up" else split_k.linear(x, weight, None, config)
+        return split_k.linear_parts(x, weight, None, config=config)
+    if operation == "gate_up":
+        return split_k.gate_up(x, weight, config=config)
+    return split_k.linear(x, weight, None, config=config)
 
 
 def compile_job(job: Job) -> str:
