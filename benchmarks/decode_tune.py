@@ -8,7 +8,9 @@ rows, kernels/split_k.py beyond), and all once more; each by the time of a whole
 
 import argparse
 import math
+import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,8 +39,9 @@ Config = skinny.Config | split_k.Config
 SLOWER_ALONE = 1.25
 """What is slower than the best alone by more is not tried in a step."""
 AT_MOST = 32
-GAIN = 0.998
-"""A choice is changed for 0.2% or more: less is noise."""
+AT_LAST, TURNS, GAIN = 4, 5, 0.998
+"""The best few are measured again so many times, in turns with what is chosen so far, which is changed for 0.2% or more
+in the medians: the same step varies by 1%, so that the best of thirty is often best by chance."""
 
 
 def keys(model: ModelConfig, rows: int) -> list[Key]:
@@ -91,7 +94,7 @@ def candidates(key: Key, seconds: float) -> list[Config | None]:
     else:
         found = list(split_k_tune.candidates((operation, n, k), rows))
         compile_job = split_k_tune.compile_job
-    jobs = [(operation, rows, n, k, config) for config in found]
+    jobs: list[Any] = [(operation, rows, n, k, config) for config in found]
     failed = split_k_tune.compile_all(jobs, seconds, compile_job)
     if rows <= skinny.MAX_ROWS:
         return [job[4] for job in jobs if job not in failed and is_right(job)]
@@ -103,11 +106,12 @@ def candidates(key: Key, seconds: float) -> list[Config | None]:
 class Tuning:
     """Of one number of rows: attention and division as chosen so far. (Products are in their tables.)
 
-    log: what was tried, the best of each turn.
+    log: of each turn the best few, at first and when measured again.
     """
 
     def __init__(self, step: Step) -> None:
-        self.step = step
+        assert isinstance(step.runner, ModelRunner)
+        self.step, self.keys = step, keys(step.runner.model_config, step.rows)
         self.attention: DecodeConfig = step.backend.config_of(step.rows)
         self.percent = percent_of(step.runner, step.rows)
         self.log: list[dict[str, Any]] = []
@@ -120,30 +124,62 @@ class Tuning:
                 print(f"FAILED: {error!r}"[:200], flush=True)
                 return math.inf
 
+    def choose(self, turn: Any, now: Any, others: Sequence[Any], put_in_force: Callable[[Any], None]) -> list[Any]:
+        """One of ``now`` and ``others``, put in force; returns the best few of the others, best first."""
+
+        def times(choice: Any, turns: int) -> Iterator[float]:
+            for _ in range(turns):
+                put_in_force(choice)
+                yield self.microseconds()
+
+        tried = [(next(times(choice, 1)), choice) for choice in others if choice != now]
+        tried = sorted((found for found in tried if found[0] < math.inf), key=lambda found: found[0])[:AT_LAST]
+        finalists = [now, *(choice for _, choice in tried)]
+        turns = zip(*(times(choice, TURNS) for choice in finalists), strict=True)  # in turns, so that drift is shared
+        finals = [statistics.median(found) for found in zip(*turns, strict=True)]
+        best = min(range(len(finals)), key=finals.__getitem__)
+        chosen = finalists[best] if finals[best] < GAIN * finals[0] else now
+        put_in_force(chosen)
+        self.log.append(
+            {
+                "turn": turn,
+                "us_before": finals[0],
+                "was": self.named(now),
+                "chosen": self.named(chosen),
+                "best": [
+                    {"us": us, "us_at_first": at_first, "choice": self.named(choice)}
+                    for us, (at_first, choice) in zip(finals[1:], tried, strict=True)
+                ],
+            }
+        )
+        return finalists[1:]
+
+    @staticmethod
+    def named(choice: Any) -> Any:
+        if isinstance(choice, list):
+            return [Tuning.named(part) for part in choice]
+        is_pair = isinstance(choice, tuple) and isinstance(choice[0], DecodeConfig)
+        return {"attention": describe(choice[0]), "percent": choice[1]} if is_pair else choice
+
+    def put_attention(self, pair: tuple[DecodeConfig, int]) -> None:
+        self.attention, self.percent = pair
+
+    def all_choices(self) -> list[Any]:
+        return [(self.attention, self.percent), *(table(key).get(key) for key in self.keys)]
+
+    def put_all(self, choices: list[Any]) -> None:
+        self.put_attention(choices[0])
+        for key, config in zip(self.keys, choices[1:], strict=True):
+            put(key, config)
+
     def tune_attention(self) -> None:
-        now, best = (self.attention, self.percent), self.microseconds()
-        tried = []
-        for config, percent in product(configurations(self.step.rows, self.step.runner.num_kv_heads, now[0]), PERCENTS):
-            self.attention, self.percent = config, percent
-            tried.append((self.microseconds(), config, percent))
-        tried = sorted((result for result in tried if result[0] < math.inf), key=lambda result: result[0])
-        took, *pair = tried[0]
-        self.attention, self.percent = pair if took < GAIN * best else now  # type: ignore[assignment]
-        nearest = [{"us": us, "attention": describe(config), "percent": p} for us, config, p in tried[:6]]
-        self.log.append({"turn": "attention", "us_before": best, "best": nearest})
+        configs = configurations(self.step.rows, self.step.runner.num_kv_heads, self.attention)
+        pairs = list(product(configs, PERCENTS))
+        self.choose("attention", (self.attention, self.percent), pairs, self.put_attention)
 
     def tune_product(self, key: Key, configs: list[Config | None]) -> list[Config | None]:
         """Returns the best few, best first."""
-        now, best = table(key).get(key), self.microseconds()
-        tried: list[tuple[float, Config | None]] = [(best, now)]
-        for config in configs:
-            put(key, config)
-            tried.append((self.microseconds(), config))
-        tried = sorted((result for result in tried if result[0] < math.inf), key=lambda result: result[0])
-        took, config = tried[0]
-        put(key, config if took < GAIN * best else now)
-        self.log.append({"turn": list(key), "was": now, "us_before": best, "best": tried[:6]})
-        return [config for _, config in tried[:6]]
+        return self.choose(list(key), table(key).get(key), configs, lambda config: put(key, config))
 
 
 def tune(core: EngineCore, rows: int, seconds: float) -> dict[str, Any]:
@@ -154,20 +190,23 @@ def tune(core: EngineCore, rows: int, seconds: float) -> dict[str, Any]:
         decoding(core, rows) as step,
     ):
         tuning = Tuning(step)
-        before = tuning.microseconds()
+        start = tuning.all_choices()
         tuning.tune_attention()
-        best = {key: tuning.tune_product(key, candidates(key, seconds)) for key in keys(step.runner.model_config, rows)}
+        best = {key: tuning.tune_product(key, candidates(key, seconds)) for key in tuning.keys}
         tuning.tune_attention()
         for key, configs in best.items():
             tuning.tune_product(key, configs)
-        after = tuning.microseconds()
-        chosen = [[*key, table(key).get(key)] for key in best]
+        tuning.choose("together", start, [tuning.all_choices()], tuning.put_all)
+        chosen = [[*key, table(key).get(key)] for key in tuning.keys]
     forget_choices()
+    log = tuning.log
+    before = log[-1]["us_before"]
+    after = before if log[-1]["chosen"] == log[-1]["was"] else log[-1]["best"][0]["us"]
     print(f"{rows} rows: {before} -> {after} us; {tuning.percent}%, {describe(tuning.attention)}", flush=True)
-    for *key, config in chosen:
-        print(f"    {tuple(key)!r}: {config!r},".replace("'", '"'), flush=True)
+    for *product_key, config in chosen:
+        print(f"    {tuple(product_key)!r}: {config!r},".replace("'", '"'), flush=True)
     found = {"rows": rows, "us_before": before, "us": after, "percent": tuning.percent}
-    return found | {"attention": describe(tuning.attention), "products": chosen, "log": tuning.log}
+    return found | {"attention": describe(tuning.attention), "products": chosen, "log": log}
 
 
 def main() -> None:

@@ -51,9 +51,9 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
     ("gate_up", 64, 3072, 1024): Config(64, 32, 128, 1, 4, 4, True),
     ("linear_parts", 64, 1024, 3072): Config(64, 32, 128, 3, 4, 4, True),
     ("linear", 64, 151936, 1024): Config(64, 128, 64, 1, 6, 8, False),
-    ("linear", 128, 4096, 1024): Config(128, 32, 64, 1, 6, 4, True),
+    ("linear", 128, 4096, 1024): Config(64, 64, 64, 1, 6, 4, False),
     ("linear_parts", 128, 1024, 2048): Config(128, 32, 64, 4, 6, 8, False),
-    ("gate_up", 128, 3072, 1024): Config(128, 32, 64, 1, 6, 8, True),
+    ("gate_up", 128, 3072, 1024): Config(64, 64, 64, 1, 6, 4, False),
     ("linear_parts", 128, 1024, 3072): Config(128, 32, 64, 4, 6, 8, True),
     ("linear_parts", 240, 1024, 2048): Config(128, 64, 64, 4, 6, 4, False),
     ("linear_parts", 240, 1024, 3072): Config(128, 64, 64, 4, 6, 8, False),
@@ -63,8 +63,9 @@ TUNED: dict[tuple[str, int, int, int], Config] = {
 }
 """(operation, rows rounded up to one of ROWS, n, k) -> measured best.
 
-16-bit numbers, an H100: from 65 rows on in a chain of layers (benchmarks/split_k_tune.py); up to 64 rows in the engine,
-beside attention, as benchmarks/decode_tune.py does (by hand, no file kept), like ROWS, 256's "linear", the LM head."""
+16-bit numbers, an H100: from 65 rows on in a chain of layers (benchmarks/split_k_tune.py), 128's "linear" and "gate_up"
+in the engine, beside attention (benchmarks/decode_tune.py); up to 64 rows there too, by hand (no file kept), like ROWS,
+256's "linear", the LM head."""
 
 
 def supports(rows: int, dtype: torch.dtype, device: torch.device) -> bool:
