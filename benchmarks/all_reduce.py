@@ -228,7 +228,7 @@ class Rank(logging.Handler):
         times = [a.elapsed_time(b) for a, b in pairwise(events)]
         return statistics.median(times) * 1e3 / CALLS
 
-    def join_torch_group(self) -> str:
+    def join_torch_group(self) -> Any:
         if self.torch_group is None:
             from torch import distributed as dist
 
@@ -237,7 +237,7 @@ class Rank(logging.Handler):
             dist.all_reduce(torch.ones(1, device=self.device))
             torch.cuda.synchronize()
             self.torch_group = dist.group.WORLD
-        return str(self.torch_group.group_name)
+        return self.torch_group.group_name
 
     def use_symmetric_memory(self) -> None:
         import torch.distributed._symmetric_memory as symmetric
@@ -280,7 +280,9 @@ def collect(size: int, folder: str) -> dict[str, Any]:
     """Start the ranks, gather what they tell, and end them, at the latest after LIMIT seconds."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {"results": [], "errors": [], "notes": [], "finished": False}
-    processes, pipes = [], {}
+    processes = []
+    pipes: dict[Any, int] = {}
+    receiver: Any
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=rank_main, args=(rank, size, folder, sender), daemon=True)

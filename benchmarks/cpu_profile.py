@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -105,6 +106,11 @@ def profile_steps(folder: str, dtype: str) -> list[dict[str, Any]]:
     return rows
 
 
+def products(x: torch.Tensor, pairs: list[tuple[torch.Tensor, Any]]) -> None:
+    for weight, packed in pairs:
+        linear(x, weight, None, packed)
+
+
 def time_products(dtype: torch.dtype) -> list[dict[str, Any]]:
     """Microseconds of each matrix product, cycling through 100 MB of weights or more, so that none stays in a cache."""
     rows = []
@@ -115,11 +121,11 @@ def time_products(dtype: torch.dtype) -> list[dict[str, Any]]:
         for batch in (*BATCHES, 512):
             x = torch.randn(batch, in_features).to(dtype)
             row: dict[str, Any] = {"matrix": name, "dtype": str(dtype).removeprefix("torch."), "rows": batch}
-            layouts = {"plain": [(w, None) for w in weights]}
+            layouts: dict[str, list[tuple[torch.Tensor, Any]]] = {"plain": [(w, None) for w in weights]}
             if packed[0] is not None:
                 layouts["packed"] = list(zip(weights, packed, strict=True))
             for layout, pairs in layouts.items():
-                seconds = timed(lambda x=x, pairs=pairs: [linear(x, w, None, p) for w, p in pairs], 5) / len(pairs)
+                seconds = timed(partial(products, x, pairs), 5) / len(pairs)
                 row[layout] = {
                     "us": round(seconds * 1e6, 1),
                     "gb_s": round(num_bytes / seconds / 1e9, 1),

@@ -11,7 +11,8 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def keys(number: int) -> str:
     return ",".join(f"caller{i}:key-number-{i}-of-many" for i in range(number))
 
 
-async def requests(app: Callable[..., Coroutine[Any, Any, None]]) -> None:
+async def requests(app: Callable[..., Awaitable[None]]) -> None:
     for _ in range(ROUNDS):
         await app(scope(), receive, send)
 
@@ -102,7 +103,7 @@ def main() -> None:
     }
     nothing = microseconds(lambda: requests(application), options.repeat)
     result = {
-        name: microseconds(lambda s=settings: requests(protect(application, s)), options.repeat) - nothing  # type: ignore[misc]
+        name: microseconds(partial(requests, protect(application, settings)), options.repeat) - nothing
         for name, settings in apps.items()
     }
     alice = Caller("alice")

@@ -29,6 +29,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,8 @@ async def drive(port: int, request: bytes, *, total: int, concurrency: int, stre
     connections, ends = [], []
     for _ in range(concurrency):
         done = loop.create_future()
-        connection = _Connection(request, budget, stream, done)
-        await loop.create_connection(lambda c=connection: c, "127.0.0.1", port)
+        factory = partial(_Connection, request, budget, stream, done)
+        _, connection = await loop.create_connection(factory, "127.0.0.1", port)
         connections.append(connection)
         ends.append(done)
     await asyncio.gather(*ends)

@@ -16,6 +16,7 @@ from nanovllm_bento.bench.offline import model_name
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.messages import Add, pack_tokens
+from nanovllm_bento.engine.model_runner import ModelRunner
 from nanovllm_bento.hub import resolve_model
 from nanovllm_bento.kernels.attention.base import AttentionMetadata
 from nanovllm_bento.sampling_params import SamplingParams
@@ -34,6 +35,7 @@ def make_engine(model: str, kv_cache_dtype: str) -> EngineCore:
 
 def logits_of(core: EngineCore, ids: list[int]) -> torch.Tensor:
     """float32 [len(ids), vocab_size]; later chunks read earlier tokens' keys and values from the cache."""
+    assert isinstance(core.runner, ModelRunner)
     runner, size, device = core.runner, core.info.block_size, "cuda"
     table = torch.arange(-(-len(ids) // size), dtype=torch.int32, device=device)[None]
     found = []
@@ -77,7 +79,8 @@ def main() -> None:
         ids = tokenizer.encode(text.read_text())
         windows += [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW) if len(ids) - i > GREEDY_PROMPT]
     engines = {name: make_engine(model, name) for name in ("auto", "fp8_e4m3")}
-    kls, agree, nll = [], [], {name: [] for name in engines}
+    kls, agree = [], []
+    nll: dict[str, list[torch.Tensor]] = {name: [] for name in engines}
     for window in windows:
         target = torch.tensor(window[1:], device="cuda")
         logs = {name: logits_of(core, window)[:-1].log_softmax(-1) for name, core in engines.items()}
@@ -92,7 +95,9 @@ def main() -> None:
     shared = []
     for a, b in zip(runs["auto"], runs["fp8_e4m3"], strict=True):
         shared.append(next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a)))
-    attention = engines["fp8_e4m3"].runner.model.attentions
+    runner = engines["fp8_e4m3"].runner
+    assert isinstance(runner, ModelRunner)
+    attention = runner.model.attentions
     answer: dict[str, Any] = {
         "benchmark": "kv-quality",
         "environment": environment(),

@@ -314,6 +314,7 @@ def measure(case: Case, copy_bytes_s: float, matmul_flops_s: float) -> dict[str,
     best, config = min([*layers, (as_chosen, chosen)], key=lambda pair: pair[0])
     of_bytes, of_flops = case.bytes / copy_bytes_s * 1e6, case.flops / matmul_flops_s * 1e6
     floor = max(of_bytes, of_flops)
+    us_parts = case.parts(config)
     row = {
         "ranks": rank.ranks,
         "inner": rank.inner,
@@ -327,7 +328,7 @@ def measure(case: Case, copy_bytes_s: float, matmul_flops_s: float) -> dict[str,
         "of_floor": floor / best,
         "config": config,
         "config_as_chosen": chosen,
-        "us_parts": case.parts(config),
+        "us_parts": us_parts,
         "tried": tried,
         "skipped": case.skipped,
     }
@@ -335,16 +336,16 @@ def measure(case: Case, copy_bytes_s: float, matmul_flops_s: float) -> dict[str,
         f"TP {rank.ranks} tokens {case.tokens:5}: layer {best:8.1f} us (as chosen {as_chosen:8.1f}), floor {floor:8.1f}"
     )
     line += f" {'bytes' if of_bytes > of_flops else 'FLOPs'} {floor / best:6.1%}"
-    parts = dict(row["us_parts"])
+    parts = dict(us_parts)
     used = str(config.block_m if isinstance(config, GroupedConfig) else 0)
     for name, timed in tried.get(used, {}).items():
         if timed:
             parts[name] = timed[0][0]
     print(line, " ".join(f"{name} {us:.1f}" for name, us in parts.items()), flush=True)
-    for block_m, products in tried.items():
+    for height, products in tried.items():
         for name, timed in products.items():
             best3 = ", ".join(f"{us} {tile}" for us, tile in timed[:3])
-            print(f"    block_m {block_m:>3} {name:7} {best3} of {len(timed)}", flush=True)
+            print(f"    block_m {height:>3} {name:7} {best3} of {len(timed)}", flush=True)
     return row
 
 

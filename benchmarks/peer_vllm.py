@@ -58,7 +58,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     started = time.perf_counter()
     import torch
-    import vllm
+    import vllm  # type: ignore[import-not-found]
 
     llm = vllm.LLM(
         args.model,

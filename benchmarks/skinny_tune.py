@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,16 @@ def microseconds(body: Callable[[], None], replays: int) -> float:
     return statistics.median(times)
 
 
+def per_weight(weights: list[Tensor], product: Callable[[Tensor], object]) -> float:
+    """µs of one product, with one weight after the other."""
+
+    def body() -> None:
+        for weight in weights:
+            product(weight)
+
+    return microseconds(body, 5) / len(weights)
+
+
 def is_right(job: Job, x: Tensor, weight: Tensor, norm: Tensor, out: Tensor) -> bool:
     operation, _, _, _, config = job
     before = out.clone()
@@ -199,15 +210,10 @@ def tune(
         count = 1 if head else max(4, min(LAYERS, math.ceil(3 * L2_BYTES / size)))
         for m in rows_of(n, all_rows):
             x, weights, norm, out = inputs(operation, m, n, k, count)
-
             residual = None if head else x.clone()
             scratch = x.clone()  # add_rms_norm writes into both
 
-            def plain(operation=operation, x=scratch, weights=weights, norm=norm, residual=residual) -> None:
-                for weight in weights:
-                    instead(operation, x, weight, norm, residual)
-
-            cublas = microseconds(plain, 5) / count
+            cublas = per_weight(weights, partial(instead, operation, scratch, norm=norm, residual=residual))
             timed = []
             for config in candidates(operation, m, n, k):
                 job = (operation, m, n, k, config)
@@ -217,12 +223,8 @@ def tune(
                     if not is_right(job, x, weights[0], norm, out):
                         print("WRONG", *job, flush=True)
                         continue
-
-                    def body(operation=operation, x=x, weights=weights, norm=norm, out=out, config=config) -> None:
-                        for weight in weights:
-                            run(operation, x, weight, norm, out, config, pdl=True)
-
-                    timed.append((microseconds(body, 5) / count, config))
+                    fused = partial(run, operation, x, norm=norm, out=out, config=config, pdl=True)
+                    timed.append((per_weight(weights, fused), config))
                 except Exception as error:
                     print("FAILED", *job, f"{type(error).__name__}: {error}"[:200], flush=True)
             if timed:
