@@ -225,7 +225,6 @@ class EngineCore:
             generation_tokens=self.totals["generation_tokens"],
             iteration_tokens=self.iteration_tokens.copy(),
             iteration_tokens_sum=self.totals["iteration_tokens"],
-            num_deadlines_exceeded=self.totals["deadlines_exceeded"],
             oldest_waiting_seconds=(now := time.monotonic()) - self.scheduler.oldest_arrival(default=now),
         )
 
@@ -335,7 +334,6 @@ class EngineCore:
             assert batch is not None
             outputs += [_failed(seq, ENGINE_FAULT, str(failure)) for seq in self.scheduler.fail(batch)]
         for seq in expired:
-            self.totals["deadlines_exceeded"] += 1
             state = f"after {seq.num_output_tokens} tokens" if seq.scheduled_at else "while it waited"
             outputs.append(_failed(seq, DEADLINE_EXCEEDED, f"The request's deadline passed {state}."))
         return outputs

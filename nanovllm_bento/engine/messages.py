@@ -142,7 +142,6 @@ class EngineStats(msgspec.Struct, array_like=True):
     generation_tokens: int = 0
     iteration_tokens: list[int] = msgspec.field(default_factory=lambda: [0] * (len(ITERATION_TOKENS_BUCKETS) + 1))
     iteration_tokens_sum: int = 0
-    num_deadlines_exceeded: int = 0
     oldest_waiting_seconds: float = 0.0
     epoch: int = 0
 

@@ -69,6 +69,9 @@ _LOCK_INTERVAL = 0.5  # seconds between tries to become the supervisor
 _TURN_SECONDS = 0.0005
 """Where many requests end in one step, time for some of them until the event loop has its turn: their clients' next
 ones then reach the engine while the others are still being ended, and it need not wait for all."""
+_DEADLINE_GRACE = 0.1
+"""Seconds after a request's deadline at which it is ended here. The engine does it earlier, if it lives and its step is
+a short one, and knows how far the request was."""
 _MAX_FRAMES = 8
 """Messages that go to the engine as one of ZeroMQ's, which it reads at one go between two steps. So many do not wait
 for others of the same turn of the event loop; nor do fewer, where the engine runs no more than that from here."""
@@ -214,7 +217,12 @@ class ProcessEngineClient:
             deadline=deadline,
             num_scored=num_scored,
         )
-        request = _OpenRequest(add, pace, on_due, partial(self._close_request, request_id))
+        close = partial(self._close_request, request_id)
+        if deadline is not None:
+            seconds = deadline - time.time() + _DEADLINE_GRACE
+            timer = asyncio.get_running_loop().call_later(seconds, self._expire, request_id)
+            close = partial(_close_timed, timer, close)
+        request = _OpenRequest(add, pace, on_due, close)
         self._requests[request_id] = request
         self._send(add)
         return request
@@ -223,6 +231,14 @@ class ProcessEngineClient:
         # Not there any more: the engine has ended it, or it was aborted with all others.
         if self._requests.pop(request_id, None) is not None and self.is_ready:
             self._send(Abort([request_id]))
+
+    def _expire(self, request_id: str) -> None:
+        """The engine did not end the request at its deadline: it is being restarted, hangs, or is in a long step."""
+        self._hand_out()
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._close_request(request_id)
+            request.fail(DeadlineExceededError("The request's deadline passed; the engine has not answered since."))
 
     # -- connection ---------------------------------------------------------------------------------------------------
 
@@ -451,6 +467,11 @@ def _end_of(pid: int) -> Iterator[asyncio.Event]:
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)
+
+
+def _close_timed(timer: asyncio.TimerHandle, close: Callable[[], None]) -> None:
+    timer.cancel()
+    close()
 
 
 def _has_message(socket: zmq.Socket[bytes]) -> bool:

@@ -5,12 +5,13 @@ open. Refusals are OverloadedError (429), DrainingError (503) and InvalidRequest
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from nanovllm_bento.config import ServiceConfig
-from nanovllm_bento.errors import InvalidRequestError, PromptTooLongError, SamplingParamsError
+from nanovllm_bento.errors import DeadlineExceededError, InvalidRequestError, PromptTooLongError, SamplingParamsError
 from nanovllm_bento.serving.auth import ANONYMOUS, Caller
 from nanovllm_bento.serving.errors import DrainingError, OverloadedError
 from nanovllm_bento.serving.fairness import FairQueue
@@ -47,18 +48,22 @@ class Ticket:
             assert self._admission.queue is not None
             self._admission.queue.leave(self._num_sequences)
 
-    async def turn(self, priority: int | None = None) -> None:
+    async def turn(self, priority: int | None = None, deadline: float | None = None) -> None:
         """Return when the request may go to the engine: at once, unless others of several callers wait for it too.
 
-        priority: the request's own; None takes the caller's.
+        priority: the request's own; None takes the caller's. deadline: a time.time(). Raises DeadlineExceededError
+        where that has come first.
         """
         queue = self._admission.queue
         if queue is None or self._caller is ANONYMOUS:
             return
-        await queue.enter(
-            self._caller.name, self._caller.priority if priority is None else priority, self._num_sequences
-        )
-        self._in_turn = True
+        priority = self._caller.priority if priority is None else priority
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.time()):
+                await queue.enter(self._caller.name, priority, self._num_sequences)
+                self._in_turn = True
+        except TimeoutError:
+            raise DeadlineExceededError("The request's deadline passed while it waited for its turn.") from None
 
     def charge(self, num_tokens: int) -> None:
         """Count output tokens against the caller's tokens a minute; what exceeds them holds its next requests back."""

@@ -92,6 +92,7 @@ _PROMPT_TOKENS = _plan.take("prompt_tokens")
 _CACHED_TOKENS = _plan.take("prompt_tokens_cached")
 _FIRST_TOKENS = _plan.take("first_tokens")  # all later ones are in the inter-token histogram
 _HELD = _plan.take("requests held")  # a gauge
+_DEADLINES = _plan.take("num_deadlines_exceeded")
 _SUCCESS = {reason: _plan.take(f"request_success {reason}") for reason in FINISHED_REASONS}
 _REFUSED = {status: _plan.take(f"requests_refused {status}") for status in REFUSALS}
 _ttft = _Histogram(_plan, "time_to_first_token_seconds", _TTFT, "Histogram of time to first token in seconds.")
@@ -120,7 +121,6 @@ _engine_plan = _Plan()
 _PREEMPTIONS = _engine_plan.take("num_preemptions")
 _CACHE_QUERIES = _engine_plan.take("prefix_cache_queries")
 _CACHE_HITS = _engine_plan.take("prefix_cache_hits")
-_DEADLINES = _engine_plan.take("num_deadlines_exceeded")
 _iteration = _Histogram(
     _engine_plan, "iteration_tokens_total", ITERATION_TOKENS_BUCKETS, "Histogram of number of tokens per engine step."
 )
@@ -289,10 +289,14 @@ class Metrics:
         """A request was answered with an error, by HTTP status, before any token."""
         self._counters.values[_REFUSED.get(str(status), _REFUSED["other"])] += 1.0
 
+    def deadline_exceeded(self) -> None:
+        """A request was ended by its deadline, before its first token or after."""
+        self._counters.values[_DEADLINES] += 1.0
+
     def record_engine(self, stats: EngineStats) -> None:
         """Take the engine's totals into the sums, so that they outlive the engine."""
         totals = [stats.num_preemptions, stats.prefix_cache_queries, stats.prefix_cache_hits]
-        totals += [stats.num_deadlines_exceeded, *stats.iteration_tokens, stats.iteration_tokens_sum]
+        totals += [*stats.iteration_tokens, stats.iteration_tokens_sum]
         self._engine_totals.record(stats.epoch, totals)
 
     async def follow(self, engine: EngineClient) -> None:
@@ -327,7 +331,7 @@ class Metrics:
         yield self._counter("prefix_cache_queries", "Prefix cache queries, in tokens.", engine[_CACHE_QUERIES])
         yield self._counter("prefix_cache_hits", "Prefix cache hits, in tokens.", engine[_CACHE_HITS])
         yield self._counter("num_preemptions", "Cumulative number of preemptions.", engine[_PREEMPTIONS])
-        yield self._counter("num_deadlines_exceeded", "Requests ended by their deadline.", engine[_DEADLINES])
+        yield self._counter("num_deadlines_exceeded", "HTTP requests ended by their deadline.", values[_DEADLINES])
         yield self._counter("engine_restarts", "Starts of the engine after the first.", max(0, epoch))
         yield self._counter("prompt_tokens", "Number of prefill tokens processed.", values[_PROMPT_TOKENS])
         yield self._counter("prompt_tokens_cached", "Number of cached prompt tokens.", values[_CACHED_TOKENS])

@@ -11,7 +11,10 @@ import httpx
 
 @dataclass
 class Stream:
-    """One streamed completion as its client sees it. ``broken``: the connection ended before the answer did."""
+    """One streamed completion as its client sees it.
+
+    broken: the connection ended before the answer did. headers: the answer's; request_headers: more of the request's.
+    """
 
     body: dict[str, Any]
     status: int | None = None
@@ -22,13 +25,14 @@ class Stream:
     done: bool = False
     broken: bool = False
     headers: dict[str, str] = field(default_factory=dict)
+    request_headers: dict[str, str] = field(default_factory=dict)
     grew: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, url: str, path: str = "/v1/completions") -> "Stream":
         """Read it to its end on a connection of its own; never raises for what the server does."""
         try:
             async with (
-                httpx.AsyncClient(base_url=url, timeout=120) as client,
+                httpx.AsyncClient(base_url=url, timeout=120, headers=self.request_headers) as client,
                 client.stream("POST", path, json={**self.body, "stream": True}) as answer,
             ):
                 self.status, self.headers = answer.status_code, dict(answer.headers)

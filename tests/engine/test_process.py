@@ -193,8 +193,7 @@ async def test_a_deadline_ends_a_request_and_frees_it(tiny, tmp_path):
         with pytest.raises(DeadlineExceededError):
             async for _ in stream:
                 pass
-        await wait_for(lambda: client.stats.num_deadlines_exceeded == 1, "it is counted")
-        assert client.stats.num_requests_running == client.stats.num_blocks_used == 0
+        await wait_for(lambda: client.stats.num_requests_running == client.stats.num_blocks_used == 0, "none is left")
 
 
 async def test_a_hung_engine_is_killed_and_replaced(tiny, tmp_path, in_process):

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
 from nanovllm_bento import log_format
-from nanovllm_bento.errors import InvalidRequestError, ModelNotServedError
+from nanovllm_bento.errors import DeadlineExceededError, InvalidRequestError, ModelNotServedError
 from nanovllm_bento.sampling_params import SamplingParams
 from nanovllm_bento.serving.admission import Ticket
 from nanovllm_bento.serving.auth import Caller, caller_of
@@ -157,6 +157,8 @@ class OpenAIEndpoints:
         """Tell the client of an error: by the status, or in an event if the answer has begun."""
         status, answer, more = error_object(exc)
         exchange.error = answer["error"]["code"] or answer["error"]["type"]
+        if isinstance(exc, DeadlineExceededError):
+            self.context.metrics.deadline_exceeded()
         if events.started:
             if not events.finished:
                 await events.send(error_event(exc), last=True)
@@ -295,10 +297,10 @@ class OpenAIEndpoints:
             job.metrics = watch
         try:
             by_priority = self.context.engine.info.scheduling_policy == "priority"
-            await ticket.turn(plan.jobs[0].priority if by_priority else None)
-        except BaseException:
+            await ticket.turn(plan.jobs[0].priority if by_priority else None, plan.jobs[0].deadline)
+        except BaseException as exc:
             for watch in watched:
-                watch.finish(time.monotonic(), "abort")
+                watch.finish(time.monotonic(), "error" if isinstance(exc, DeadlineExceededError) else "abort")
             raise
         for watch in watched:
             watch.submitted()

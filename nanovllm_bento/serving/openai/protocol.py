@@ -178,7 +178,10 @@ class GenerationRequest(SamplingFields):
     cache_salt: str | None = Field(None, description="Cached prompt prefixes are shared within one salt only.")
     priority: int | None = Field(None, ge=-(2**31), lt=2**31, description="Lower runs earlier (priority scheduling).")
     deadline_ms: int | None = Field(
-        None, ge=1, description="Milliseconds after which the request ends with an error if it has not finished (ours)."
+        None,
+        ge=1,
+        le=2**53,
+        description="Milliseconds after which the request ends with an error if it has not finished (ours).",
     )
     add_special_tokens: bool | None = None
 
