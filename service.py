@@ -44,7 +44,7 @@ engine = ProcessEngineClient(engine_config, config, owner_pid=owner_pid)
 context = ServingContext(engine, engine_config, config)
 endpoints = OpenAIEndpoints(context)
 app = create_app(context, endpoints)
-guards = middlewares(config)
+guards = middlewares(config, context.refused)
 # Together they cost 0.5 ms a request and 25 µs an event.
 instruments = {
     "metrics": {"enabled": config.bentoml_instruments},

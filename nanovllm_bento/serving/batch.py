@@ -9,10 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm_bento.config import ServiceConfig
 from nanovllm_bento.engine.client import generate
@@ -22,16 +24,48 @@ from nanovllm_bento.errors import DeadlineExceededError, EngineError, InvalidReq
 from nanovllm_bento.sampling_params import SamplingParams
 from nanovllm_bento.serving.auth import Caller, current_caller
 from nanovllm_bento.serving.context import ServingContext
-from nanovllm_bento.serving.errors import OverloadedError, error_object, error_response
+from nanovllm_bento.serving.errors import ClientDisconnectedError, OverloadedError, error_object, error_response
 from nanovllm_bento.serving.errors import invalid_body as invalid_fields
+from nanovllm_bento.serving.exchange import BATCHED_PATHS, Exchange, current_exchange
 from nanovllm_bento.serving.generation import complete, plan_jobs
 from nanovllm_bento.serving.logs import random_hex
+from nanovllm_bento.serving.metrics import RequestMetrics
 from nanovllm_bento.serving.openai.protocol import ErrorObject, SamplingFields, Usage
 from nanovllm_bento.text.pairs import continuation_ids, move_spaces
 
-PATHS = ("/generate_batch", "/score")
 SHARE = 4
 """A caller may have open SHARE times what is still free, as in admission.py: one alone cannot take all."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """One HTTP call of a batched method, whose items may be in several batches, and those hold other calls' items.
+
+    tasks: what runs for it. exchange: None where nobody asked for one.
+    """
+
+    exchange: Exchange | None = field(default_factory=current_exchange.get)
+    has_left: bool = False
+    tasks: "set[asyncio.Task[Any]]" = field(default_factory=set)
+
+    def leave(self) -> None:
+        """Its client has left: nothing of it needs to run any more."""
+        self.has_left = True
+        for task in self.tasks:
+            task.cancel()
+
+    def began(self, sequence: RequestMetrics) -> None:
+        """Have its exchange tell of a sequence."""
+        if self.exchange is not None:
+            self.exchange.sequences.append(sequence)
+
+    def add_prompt(self, prompt: object) -> None:
+        """Have its exchange tell of an item's prompt."""
+        if self.exchange is not None:
+            self.exchange.prompt = [*cast(list[object], self.exchange.prompt or []), prompt]
+
+
+_current_call: ContextVar[_Call | None] = ContextVar("_current_call", default=None)
 
 
 class BatchSampling(SamplingFields):
@@ -41,16 +75,25 @@ class BatchSampling(SamplingFields):
 
 
 class _Item(BaseModel):
-    """Remembers whose it is when it is made, which is in that caller's own request: a batch mixes callers."""
+    """Remembers whose it is when it is made, which is in that caller's own request: a batch mixes callers and calls."""
 
     model_config = ConfigDict(extra="forbid")
 
     cache_salt: str | None = Field(None, description="Cached prefixes are shared only within one salt.")
     _caller: Caller = PrivateAttr(default_factory=lambda: current_caller.get())
+    _call: _Call = PrivateAttr(default_factory=lambda: _current_call.get() or _Call())
 
     @property
     def caller(self) -> Caller:
         return self._caller
+
+    @property
+    def call(self) -> _Call:
+        return self._call
+
+    def prompt_for_logs(self) -> object:
+        """What log_prompts writes."""
+        raise NotImplementedError
 
 
 class BatchItem(_Item):
@@ -64,6 +107,9 @@ class BatchItem(_Item):
         "stop_token_ids, ignore_eos, skip_special_tokens; as in /v1/completions.",
     )
 
+    def prompt_for_logs(self) -> object:
+        return self.prompt_token_ids if self.prompt is None else self.prompt
+
 
 class ScoreItem(_Item):
     """A context and a continuation, each as text or as token ids.
@@ -75,6 +121,10 @@ class ScoreItem(_Item):
     context_token_ids: list[int] | None = None
     continuation: str | None = None
     continuation_token_ids: list[int] | None = None
+
+    def prompt_for_logs(self) -> object:
+        given = self.context_token_ids if self.context is None else self.context
+        return [given, self.continuation_token_ids if self.continuation is None else self.continuation]
 
 
 class _Result(BaseModel):
@@ -143,15 +193,28 @@ async def _side_by_side(
     seconds = context.config.batch_max_seconds
 
     async def run_item(item: _I) -> _R:
+        call, task = item.call, asyncio.current_task()
+        assert task is not None
+        if context.logs_prompts:
+            call.add_prompt(item.prompt_for_logs())
+        call.tasks.add(task)
         try:
+            if call.has_left:
+                raise ClientDisconnectedError
             async with asyncio.timeout(seconds):
                 return await run(context, item)
+        except asyncio.CancelledError:
+            if not call.has_left or task.uncancel():
+                raise
+            return failed(ClientDisconnectedError())
         except TimeoutError:
             return failed(
                 DeadlineExceededError(f"The batch may take {seconds:g} s, and this item was not done by then.")
             )
         except Exception as exc:
             return failed(exc)
+        finally:
+            call.tasks.discard(task)
 
     return await asyncio.gather(*map(run_item, items))
 
@@ -184,6 +247,7 @@ async def _complete_item(context: ServingContext, item: BatchItem) -> BatchResul
     with context.admit(1, caller, len(ids)) as ticket:
         await ticket.turn()
         job.metrics = context.metrics.request(len(ids), arrived, max_tokens=job.sampling.max_tokens)
+        item.call.began(job.metrics)
         (done,) = await complete(context.engine, text.tokenizer, jobs)
         ticket.charge(len(done.token_ids))
     return BatchResult(
@@ -210,6 +274,7 @@ async def _score_item(context: ServingContext, item: ScoreItem) -> ScoreResult:
         priority = caller.effective_priority(None, info.scheduling_policy)
         await ticket.turn()
         metrics, outcome = context.metrics.request(num_tokens, arrived), "abort"
+        item.call.began(metrics)
         stream = generate(
             context.engine,
             f"score-{random_hex(12)}",
@@ -274,14 +339,15 @@ def _one_of(name: str, text: str | None, ids: list[int] | None) -> None:
 
 
 class BatchGate:
-    """ASGI middleware that answers 429 to calls of the batched methods beyond ``max_calls`` open ones of each.
+    """ASGI middleware that answers 429 to calls of the batched methods beyond ``max_calls`` open ones of each, and ends
+    what runs for a call whose client has left: BentoML's dispatcher queues without bound, and looks for nobody.
 
-    BentoML's dispatcher queues without bound. What it lets in is not refused later.
+    What it lets in is not refused later.
     """
 
     def __init__(self, app: ASGIApp, *, max_calls: int) -> None:
         self.app, self.max_calls = app, max_calls
-        self.open: dict[str, Counter[str]] = {path: Counter() for path in PATHS}  # path → caller → calls
+        self.open: dict[str, Counter[str]] = {path: Counter() for path in BATCHED_PATHS}  # path → caller → calls
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         by_caller = self.open.get(scope["path"]) if scope["type"] == "http" else None
@@ -296,8 +362,43 @@ class BatchGate:
             return
         by_caller[caller] += 1
         try:
-            await self.app(scope, receive, send)
+            await _until_left(self.app, scope, receive, send)
         finally:
             by_caller[caller] -= 1
             if not by_caller[caller]:
                 del by_caller[caller]
+
+
+async def _until_left(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run ``app`` with a _Call of its own, which is told when the client leaves.
+
+    The server tells of that where the next message of the request is asked for, so once the body has come that is done
+    here, for ``app`` too.
+    """
+    call = _Call()
+    watcher: asyncio.Task[None] | None = None
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        call.leave()
+
+    async def watched_receive() -> Message:
+        nonlocal watcher
+        if watcher is not None:
+            await asyncio.shield(watcher)
+            return {"type": "http.disconnect"}
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            call.leave()
+        elif not message.get("more_body", False):
+            watcher = asyncio.create_task(watch())
+        return message
+
+    token = _current_call.set(call)
+    try:
+        await app(scope, watched_receive, send)
+    finally:
+        _current_call.reset(token)
+        if watcher is not None:
+            watcher.cancel()

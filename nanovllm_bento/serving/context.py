@@ -15,7 +15,8 @@ from nanovllm_bento.engine.client import EngineClient
 from nanovllm_bento.errors import EngineNotReadyError, NanoVLLMError
 from nanovllm_bento.serving.admission import Admission, Ticket
 from nanovllm_bento.serving.auth import Caller, current_caller
-from nanovllm_bento.serving.errors import DrainingError
+from nanovllm_bento.serving.errors import CLIENT_LEFT, DrainingError
+from nanovllm_bento.serving.exchange import REFUSED, TRACED_PATHS, Exchange
 from nanovllm_bento.serving.logs import AccessLog
 from nanovllm_bento.serving.metrics import Metrics
 from nanovllm_bento.serving.pacing import AdaptivePace, pace_of
@@ -203,6 +204,44 @@ class ServingContext:
         """Counts sequences as open for the time of the context; see Admission.admit. caller: by default the one whose
         request this task serves."""
         return self.admission.admit(caller or current_caller.get(), num_sequences, num_prompt_tokens)
+
+    @property
+    def logs_prompts(self) -> bool:
+        """Whether an exchange is to have its prompt."""
+        return self.access_log is not None and self.access_log.prompts
+
+    def ended(self, exchange: Exchange) -> None:
+        """Tell of a request that has ended: in the metrics, and in the access log and the traces where asked for."""
+        scope = exchange.scope
+        if REFUSED in scope:
+            return
+        self.refused(exchange)
+        if self.tracing is not None and scope["path"] in TRACED_PATHS:
+            self.tracing.record(
+                scope["headers"],
+                exchange.request_id,
+                self.model_name,
+                exchange.arrived,
+                exchange.sequences,
+                exchange.sampling,
+                error=exchange.error,
+            )
+
+    def refused(self, exchange: Exchange) -> None:
+        """As ``ended``, of a request that came to no route: no span is made of it."""
+        if exchange.status >= 400 and exchange.status != CLIENT_LEFT:
+            self.metrics.refused(exchange.status)
+        if self.access_log is not None:
+            self.access_log.write(
+                exchange.request_id,
+                exchange.scope["path"],
+                exchange.status,
+                exchange.arrived,
+                exchange.sequences,
+                caller=exchange.caller.name,
+                error=exchange.error,
+                prompt=exchange.prompt,
+            )
 
     async def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> list[int]:
         """Token ids of a text; long ones are done off the event loop. Raises PromptTooLongError."""

@@ -24,6 +24,8 @@ from nanovllm_bento.errors import (
 logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
+CLIENT_LEFT = 499
+"""The status in logs of a request whose client left before its answer began."""
 
 
 class OverloadedError(NanoVLLMError):
@@ -36,6 +38,13 @@ class OverloadedError(NanoVLLMError):
 
 class DrainingError(NanoVLLMError):
     """The service is shutting down and takes no new requests (HTTP 503)."""
+
+
+class ClientDisconnectedError(NanoVLLMError):
+    """The client left before its answer was ready."""
+
+    def __init__(self) -> None:
+        super().__init__("The client left before its answer was ready.")
 
 
 def error_object(exc: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -57,6 +66,8 @@ def error_object(exc: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             code = {404: "not_found", 405: "method_not_allowed"}.get(status)
         case DeadlineExceededError():
             status, kind, code = 504, "timeout_error", "deadline_exceeded"
+        case ClientDisconnectedError():
+            status, kind, code = CLIENT_LEFT, "client_error", "client_left"
         case EngineDeadError():
             code = "engine_dead"
         case NanoVLLMError():

@@ -7,13 +7,16 @@ moves itself before that application's other layers; all but the hot routes goes
 if BentoML's instruments are asked for (ServiceConfig.bentoml_instruments), it stays where BentoML has put it.
 """
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanovllm_bento.serving.logs import request_id_of
+from nanovllm_bento import log_format
+from nanovllm_bento.serving.errors import CLIENT_LEFT
+from nanovllm_bento.serving.exchange import UNTOLD_PATHS, Exchange, current_exchange
 from nanovllm_bento.serving.middleware import Middleware
 from nanovllm_bento.serving.openai.endpoints import OpenAIEndpoints
 
@@ -23,13 +26,14 @@ Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class HotRoutes:
-    """Answers the two hot routes itself, and sees to it that every other answer has an X-Request-ID.
+    """Answers the two hot routes itself. Every other answer gets an X-Request-ID here, and is told of at its end.
 
     metrics: more text for the application's own answer at /metrics; None leaves it alone.
     """
 
     def __init__(self, app: ASGIApp, endpoints: OpenAIEndpoints, metrics: Callable[[], bytes] | None = None) -> None:
         self.app = app
+        self.context = endpoints.context
         self.metrics = metrics
         self.routes: dict[str, Handler] = {
             "/v1/chat/completions": endpoints.chat,
@@ -46,16 +50,30 @@ class HotRoutes:
             return
         if self.metrics is not None and scope["path"] == "/metrics" and scope["method"] == "GET":
             send = _with_more(send, self.metrics())
-        header = (b"x-request-id", request_id_of(scope["headers"]).encode())
+        exchange, started = Exchange.of(scope), False
+        header = (b"x-request-id", exchange.request_id.encode())
 
-        async def send_with_id(message: Message) -> None:
+        async def observed_send(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started, exchange.status = True, message["status"]
                 headers = list(message.get("headers", ()))
                 if all(name.lower() != header[0] for name, _ in headers):
                     message = {**message, "headers": [*headers, header]}
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        log_format.request_id.set(exchange.request_id)
+        token = current_exchange.set(exchange)
+        try:
+            await self.app(scope, receive, observed_send)
+        except BaseException as exc:
+            if not started:  # the server makes a 500 of it
+                exchange.status = CLIENT_LEFT if isinstance(exc, asyncio.CancelledError) else 500
+            raise
+        finally:
+            current_exchange.reset(token)
+            if scope["path"] not in UNTOLD_PATHS:
+                self.context.ended(exchange)
 
 
 def _with_more(send: Send, more: bytes) -> Send:

@@ -4,22 +4,36 @@
 few microseconds. Refusals have OpenAI's shape.
 """
 
+import asyncio
+import contextlib
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+import msgspec
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm_bento.config import ServiceConfig
-from nanovllm_bento.errors import InvalidRequestError
+from nanovllm_bento.errors import InvalidRequestError, NanoVLLMError
 from nanovllm_bento.serving.auth import SCOPE_KEY, KeyStore, current_caller
-from nanovllm_bento.serving.errors import error_response
-from nanovllm_bento.serving.logs import request_id_of
+from nanovllm_bento.serving.errors import OverloadedError, error_object
+from nanovllm_bento.serving.exchange import REFUSED, Exchange
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 64 * 1024
 MAX_URL_BYTES = 16 * 1024
+LARGE_BODY = 64 * 1024
+"""Bytes. A body that is announced as larger, or comes in chunks, is watched as it comes; the server reads about as many
+ahead of any request anyway."""
+NUM_LARGE_BODIES = 8
+"""Bodies that are still coming may have sent so many times max_body_bytes, all together in a worker."""
+STALL_SECONDS = 30.0
+"""A large body of which nothing comes for so long is given up."""
+LINGER_SECONDS = 5.0
+LINGER_BYTES = 64 * 2**20
+"""What is still read of a refused request's body, for most clients send it whole before they look for an answer: a
+connection that is closed with unread bytes in it is reset, and the answer lost."""
 
 _WATCHED = frozenset(
     (
@@ -47,28 +61,44 @@ class _RefusedError(InvalidRequestError):
         self.status_code = status
 
 
+OnRefusal = Callable[[Exchange], None]
+
+
+def _tell_nobody(exchange: Exchange) -> None:
+    pass
+
+
 class RequestGuard:
     """Refuses requests that no handler should see: too long a body, URL or header list, no JSON, another site's page.
 
-    A body whose Content-Length is within the limit is left alone, for the server reads no more than that; one that
-    comes in chunks is counted as it comes.
+    A small body of known length is left alone, for the server reads no more than that; others are watched as they come.
+    on_refusal: is told of what was refused.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, allow_origins: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        allow_origins: frozenset[str] = frozenset(),
+        on_refusal: OnRefusal = _tell_nobody,
+    ) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
         self.allow_origins = frozenset(origin.encode("latin-1") for origin in allow_origins)
+        self.on_refusal = on_refusal
+        self.num_held = 0
+        """Bytes that large bodies which are still coming hold."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind == "http":
             try:
-                is_chunked = self._check(scope)
+                is_large = self._check(scope)
             except InvalidRequestError as exc:
-                await _refuse(exc, scope, receive, send)
+                await _refuse(exc, scope, receive, send, self.on_refusal)
                 return
-            if is_chunked:
-                await self._counted(scope, receive, send)
+            if is_large:
+                await self._watched(scope, receive, send)
                 return
         elif kind == "websocket":  # nothing here speaks it
             await send({"type": "websocket.close", "code": 1008})
@@ -76,7 +106,7 @@ class RequestGuard:
         await self.app(scope, receive, send)
 
     def _check(self, scope: Scope) -> bool:
-        """Whether the body must be counted. Raises what the request is refused with."""
+        """Whether the body must be watched as it comes. Raises what the request is refused with."""
         headers = scope["headers"]
         path = scope["path"]
         if len(scope.get("raw_path") or path) + len(scope["query_string"]) > MAX_URL_BYTES:
@@ -105,7 +135,7 @@ class RequestGuard:
                 raise _RefusedError(400, "The body's length is not clear from its headers.", "invalid_header")
             if len(length) > 18 or int(length) > self.max_body_bytes:
                 raise self._too_large()
-        return is_chunked
+        return is_chunked or (length is not None and int(length) > LARGE_BODY)
 
     def _check_origin(self, headers: dict[bytes, bytes]) -> None:
         """A page of another site may make a browser send requests, to localhost too; it is not to be served by that.
@@ -127,35 +157,68 @@ class RequestGuard:
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(f"The body is longer than {self.max_body_bytes} bytes (max_body_bytes).")
 
-    async def _counted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on with the body counted; at the limit the answer is 413 whatever the application makes of it."""
-        size = 0
-        started = refused = False
+    async def _watched(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on with an eye on the body; what it is refused with is the answer, whatever the application makes of it.
 
-        async def counting_receive() -> Message:
-            nonlocal size, refused
-            message = await receive()
-            if message["type"] == "http.request":
-                size += len(message.get("body", b""))
-                if size > self.max_body_bytes:
-                    refused = True
-                    raise self._too_large()
+        It may be too long, come while too much of others is still coming (429), or not come any further (408).
+        """
+        size, is_coming, started = 0, True, False
+        refusal: NanoVLLMError | None = None
+
+        async def watched_receive() -> Message:
+            nonlocal size, is_coming, refusal
+            if refusal is not None:
+                raise refusal
+            if not is_coming:
+                return await receive()
+            try:
+                async with asyncio.timeout(STALL_SECONDS):
+                    message = await receive()
+                body = message.get("body", b"")
+                is_coming = message.get("more_body", False)
+                size += len(body)
+                self.num_held += len(body)
+                self._check_size(size)
+            except TimeoutError:
+                refusal = _RefusedError(408, f"Nothing of the body came for {STALL_SECONDS:g} s.", "body_timeout")
+            except (BodyTooLargeError, OverloadedError) as exc:
+                refusal = exc
+            if not is_coming or refusal is not None:
+                let_go()
+            if refusal is not None:
+                scope[REFUSED] = True
+                raise refusal
             return message
+
+        def let_go() -> None:
+            nonlocal size
+            self.num_held -= size
+            size = 0
 
         async def guarded_send(message: Message) -> None:
             nonlocal started
-            if refused and not started:
+            if refusal is not None and not started:
                 return  # the application's own words for it
             started = True
             await send(message)
 
         try:
-            await self.app(scope, counting_receive, guarded_send)
+            await self.app(scope, watched_receive, guarded_send)
         except Exception:
-            if not refused or started:
+            if refusal is None or started:
                 raise
-        if refused and not started:
-            await _refuse(self._too_large(), scope, receive, send)
+        finally:
+            let_go()
+        if refusal is not None and not started:
+            refusal.__traceback__ = None  # its frames hold what has come of the body
+            await _refuse(refusal, scope, receive, send, self.on_refusal)
+
+    def _check_size(self, size: int) -> None:
+        """Raises what a body is refused with of which so many bytes have come."""
+        if size > self.max_body_bytes:
+            raise self._too_large()
+        if self.num_held > NUM_LARGE_BODIES * self.max_body_bytes:
+            raise OverloadedError("Too many large bodies are being sent here. Try again later.")
 
 
 def _check_body_type(headers: dict[bytes, bytes]) -> None:
@@ -174,10 +237,17 @@ def _check_body_type(headers: dict[bytes, bytes]) -> None:
 class Authentication:
     """Lets a request pass with one of the configured keys, and tells who it is of in the scope (auth.caller_of)."""
 
-    def __init__(self, app: ASGIApp, keys: KeyStore, open_paths: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: KeyStore,
+        open_paths: frozenset[str] = frozenset(),
+        on_refusal: OnRefusal = _tell_nobody,
+    ) -> None:
         self.app = app
         self.keys = keys
         self.open_paths = open_paths
+        self.on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -190,7 +260,7 @@ class Authentication:
         scheme, _, key = sent[0].partition(b" ") if len(sent) == 1 else (b"", b"", b"")
         caller = self.keys.find(key.strip()) if scheme.lower() == b"bearer" else None
         if caller is None:
-            await _unauthorized(bool(sent), scope, receive, send)
+            await self._unauthorized(bool(sent), scope, receive, send)
             return
         scope[SCOPE_KEY] = caller
         token = current_caller.set(caller)
@@ -199,52 +269,83 @@ class Authentication:
         finally:
             current_caller.reset(token)
 
-
-async def _unauthorized(sent: bool, scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["type"] != "http":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    message = "Incorrect API key provided." if sent else "You didn't provide an API key."
-    exc = _RefusedError(401, f"{message} Send it as Authorization: Bearer KEY.", "invalid_api_key")
-    challenge = 'Bearer realm="nanovllm", error="invalid_token"' if sent else 'Bearer realm="nanovllm"'
-    await _refuse(exc, scope, receive, send, {"WWW-Authenticate": challenge})
+    async def _unauthorized(self, sent: bool, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        message = "Incorrect API key provided." if sent else "You didn't provide an API key."
+        exc = _RefusedError(401, f"{message} Send it as Authorization: Bearer KEY.", "invalid_api_key")
+        challenge = b'Bearer realm="nanovllm", error="invalid_token"' if sent else b'Bearer realm="nanovllm"'
+        await _refuse(exc, scope, receive, send, self.on_refusal, (b"www-authenticate", challenge))
 
 
 async def _refuse(
-    exc: InvalidRequestError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None
+    exc: NanoVLLMError,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    on_refusal: OnRefusal,
+    header: tuple[bytes, bytes] | None = None,
 ) -> None:
-    response = error_response(exc)
-    response.headers["X-Request-ID"] = request_id_of(scope["headers"])
-    if headers:
-        response.headers.update(headers)
-    else:
-        response.headers["Connection"] = "close"  # a body that nobody reads is not to be sent to its end
-    await response(scope, receive, send)
+    """Answer; and close the connection, unless there is another header, so that no body has to come to its end."""
+    exchange = Exchange.of(scope)
+    exchange.status, answer, more = error_object(exc)
+    exchange.error = answer["error"]["code"]
+    body = msgspec.json.encode(answer)
+    headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in more.items()]
+    headers += [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", exchange.request_id.encode()),
+        header or (b"connection", b"close"),
+    ]
+    try:
+        await send({"type": "http.response.start", "status": exchange.status, "headers": headers})
+        await send({"type": "http.response.body", "body": body, "more_body": header is None})
+        if header is None:
+            await _linger(receive)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+    finally:
+        on_refusal(exchange)
+
+
+async def _linger(receive: Receive) -> None:
+    """Read on for a while, and forget it: see LINGER_SECONDS."""
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while num_bytes < LINGER_BYTES:
+                message = await receive()
+                if not message.get("more_body", False):  # neither has a disconnect
+                    return
+                num_bytes += len(message.get("body", b""))
 
 
 Middleware = tuple[Callable[..., Callable[[Scope, Receive, Send], Awaitable[None]]], MutableMapping[str, Any]]
 
 
-def middlewares(config: ServiceConfig) -> list[Middleware]:
+def middlewares(config: ServiceConfig, on_refusal: OnRefusal = _tell_nobody) -> list[Middleware]:
     """Classes and their options, outermost first, as BentoML's ``add_asgi_middleware`` takes them.
 
-    Raises ConfigError for keys that cannot be read.
+    on_refusal: is told of each request that they refuse. Raises ConfigError for keys that cannot be read.
     """
     origins = frozenset(names(config.cors_allow_origins))
     found: list[Middleware] = []
     if origins:
         options = {"allow_origins": sorted(origins), "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
         found.append((CORSMiddleware, {**options, "expose_headers": ["X-Request-ID", "Retry-After"]}))
-    found.append((RequestGuard, {"max_body_bytes": config.max_body_bytes, "allow_origins": origins}))
+    told = {"on_refusal": on_refusal}
+    found.append((RequestGuard, {"max_body_bytes": config.max_body_bytes, "allow_origins": origins, **told}))
     keys = KeyStore.of(config)
     if keys is not None:
-        found.append((Authentication, {"keys": keys, "open_paths": frozenset(names(config.api_key_open_paths))}))
+        open_paths = frozenset(names(config.api_key_open_paths))
+        found.append((Authentication, {"keys": keys, "open_paths": open_paths, **told}))
     return found
 
 
-def protect(app: ASGIApp, config: ServiceConfig) -> ASGIApp:
+def protect(app: ASGIApp, config: ServiceConfig, on_refusal: OnRefusal = _tell_nobody) -> ASGIApp:
     """``app`` behind all of them, where no BentoML adds them."""
-    for middleware, options in reversed(middlewares(config)):
+    for middleware, options in reversed(middlewares(config, on_refusal)):
         app = middleware(app, **options)
     return app
 

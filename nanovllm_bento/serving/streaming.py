@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Send
 
 from nanovllm_bento.serving.connection import Connection
+from nanovllm_bento.serving.errors import ClientDisconnectedError
 
 T = TypeVar("T")
 Headers = list[tuple[bytes, bytes]]
@@ -24,10 +25,6 @@ EVENT_STREAM: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-class ClientDisconnectedError(Exception):
-    """The client left before its answer was ready."""
 
 
 async def read_body(receive: Receive) -> bytes:

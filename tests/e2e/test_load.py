@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -122,6 +123,69 @@ async def _read(client: httpx.AsyncClient, body: dict[str, Any]) -> None:
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         async for _ in answer.aiter_bytes():
             pass
+
+
+@pytest.mark.parametrize("path", ["/generate_batch", "/score"])
+async def test_leaving_callers_of_batches_free_what_they_held(server: Server, observer: Observer, path: str) -> None:
+    """Also those whose items wait for the batch before theirs: these never reach the engine."""
+    before = await asyncio.to_thread(observer.until_idle)
+    items = {
+        "/generate_batch": [{"prompt": "Once upon a time", "sampling": {"max_tokens": 1000, "ignore_eos": True}}],
+        "/score": [{"context": "Once upon a time " * 200, "continuation": "there was" * 50}],
+    }
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        body = {"requests": items[path] * 16}
+        calls = [asyncio.create_task(client.post(path, json=body)) for _ in range(6)]
+        await asyncio.to_thread(observer.until, lambda s: s.num_requests_running > 0, "a batch runs")
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        began = time.monotonic()
+        after = await asyncio.to_thread(observer.until_idle)
+        assert time.monotonic() - began < 5
+        assert after.generation_tokens - before.generation_tokens < 6 * 16 * 1000 / 4
+        assert after.prompt_tokens - before.prompt_tokens < 6 * 16 * 2000
+        answer = await client.post(path, json={"requests": items[path]})
+        assert answer.status_code == 200 and answer.json()[0]["error"] is None
+
+
+async def test_a_body_that_is_too_large_is_413_to_clients_that_send_it_whole_before_they_read(server: Server) -> None:
+    """httpx and the like: a connection that is closed while they send is an error to them, and the answer is lost."""
+    body = b"x" * (17 * 2**20)
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(body), 2**16):
+            yield body[start : start + 2**16]
+
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        for content in (body, pieces()):
+            answer = await client.post("/v1/completions", content=content)
+            assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+
+
+async def test_bodies_that_do_not_come_to_their_end_hold_little(tiny_model: str) -> None:
+    """60 clients announce 2 MiB, send nearly that, and wait."""
+    settings = FAKE | {"max_body_bytes": 2 * 2**20}
+    with serve(tiny_model, **settings) as server:
+        (worker,) = server.worker_pids
+        await asyncio.to_thread(httpx.post, server.url + "/v1/completions", content=b"x" * 10**6)
+        before = psutil.Process(worker).memory_info().rss
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 2097152\r\n\r\n"
+        with contextlib.ExitStack() as open_until_the_end:
+            connections = []
+            for _ in range(60):
+                connection = open_until_the_end.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+                await asyncio.to_thread(connection.sendall, head + b"x" * 2_000_000)
+                connections.append(connection)
+            refused = 0
+            for connection in connections:
+                connection.settimeout(0.2)
+                with contextlib.suppress(TimeoutError):
+                    refused += b" 429 " in await asyncio.to_thread(connection.recv, 4096)
+            held = psutil.Process(worker).memory_info().rss - before
+            assert 50 <= refused <= 52, "eight at most may be on their way"
+            assert held < 60 * 2_000_000 / 2, held
+            assert httpx.post(server.url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
 
 
 SLOW_READERS = 16

@@ -210,7 +210,7 @@ def make_context(engine: FakeEngine, *, defaults: dict[str, Any] | None = None, 
 class Visit:
     """One HTTP request at the raw ASGI border, whose client can leave at any moment."""
 
-    def __init__(self, app: Any, path: str, body: Any) -> None:
+    def __init__(self, app: Any, path: str, body: Any, headers: dict[str, str] | None = None) -> None:
         self.status: int | None = None
         self.body = b""
         self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -226,7 +226,10 @@ class Visit:
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [
+                (b"content-type", b"application/json"),
+                *((name.lower().encode(), value.encode()) for name, value in (headers or {}).items()),
+            ],
             "server": ("test", 80),
             "client": ("test", 1),
         }
@@ -246,9 +249,13 @@ class Visit:
             while text not in self.body:
                 await self._grew.wait()
 
+    def disconnect(self) -> None:
+        """Close the connection."""
+        self._inbox.put_nowait({"type": "http.disconnect"})
+
     async def leave(self) -> None:
         """Close the connection and wait for the handler's end."""
-        self._inbox.put_nowait({"type": "http.disconnect"})
+        self.disconnect()
         async with asyncio.timeout(5):
             await self.task
 

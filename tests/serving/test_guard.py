@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
 from nanovllm_bento.config import ServiceConfig
+from nanovllm_bento.serving import middleware
 from nanovllm_bento.serving.auth import Caller, current_caller
 from nanovllm_bento.serving.middleware import MAX_HEADERS, MAX_URL_BYTES, RequestGuard, middlewares, protect
 from nanovllm_bento.serving.private_logs import keep_bodies_out_of_logs
@@ -90,7 +91,8 @@ async def test_a_body_that_grows_too_long_is_413_whatever_the_application_makes_
         await refused(http, 413, "request_too_large", content=chunks(99, 99))
 
 
-async def test_an_endless_body_is_not_read_to_its_end(echo: Echo) -> None:
+async def test_an_endless_body_is_not_read_to_its_end(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "LINGER_BYTES", 600)
     sent: list[Any] = []
     num_read = 0
 
@@ -110,8 +112,89 @@ async def test_an_endless_body_is_not_read_to_its_end(echo: Echo) -> None:
         "headers": [(b"transfer-encoding", b"")],
     }
     await RequestGuard(echo, max_body_bytes=100)(scope, receive, send)
-    assert num_read == 2 and sent[0]["status"] == 413
+    assert num_read == 2 + 10 and sent[0]["status"] == 413
     assert (b"connection", b"close") in sent[0]["headers"]
+    assert len(sent[1]["body"]) == int(dict(sent[0]["headers"])[b"content-length"]) and sent[1]["more_body"]
+    assert sent[2] == {"type": "http.response.body", "body": b"", "more_body": False}
+
+
+class Sender:
+    """A client at the raw ASGI border whose large body comes as the test says."""
+
+    def __init__(self, app: Any, length: int = 10**6) -> None:
+        self.status: int | None = None
+        self._inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        headers = [(b"content-length", str(length).encode())]
+        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers}
+        self.task = asyncio.create_task(app(scope, self._inbox.get, self._send))
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.status = message.get("status", self.status)
+
+    async def come(self, size: int, *, more: bool = True) -> None:
+        """So many bytes arrive, and are taken."""
+        self._inbox.put_nowait({"type": "http.request", "body": b"x" * size, "more_body": more})
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def leave(self) -> None:
+        self._inbox.put_nowait({"type": "http.disconnect"})
+        await self.task
+
+
+async def test_large_bodies_that_are_still_coming_share_a_bound() -> None:
+    guard = RequestGuard(Swallowing(), max_body_bytes=10**6)
+    senders = [Sender(guard) for _ in range(middleware.NUM_LARGE_BODIES + 1)]
+    for sender in senders[:-1]:
+        await sender.come(10**6 - 1)
+    assert guard.num_held == middleware.NUM_LARGE_BODIES * (10**6 - 1)
+    late = senders.pop()
+    await late.come(10**4)
+    assert late.status == 429, "whatever the application makes of it"
+    await late.leave()
+    await senders[0].come(1, more=False)
+    await senders[0].task
+    await senders[1].leave()
+    assert guard.num_held == (middleware.NUM_LARGE_BODIES - 2) * (10**6 - 1), "one was read, one is gone"
+    after = Sender(guard)
+    await after.come(10**6 - 1)
+    await after.come(1, more=False)
+    await after.task
+    assert (senders[0].status, after.status) == (200, 200)
+    for sender in senders[2:]:
+        await sender.leave()
+    assert guard.num_held == 0
+
+
+async def test_a_large_body_that_does_not_come_any_further_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "STALL_SECONDS", 0.05)
+    guard = RequestGuard(Swallowing(), max_body_bytes=10**6)
+    sender = Sender(guard)
+    await sender.come(10**5)
+    async with asyncio.timeout(5):
+        while sender.status is None:
+            await asyncio.sleep(0.01)
+    assert sender.status == 408 and guard.num_held == 0
+    await sender.leave()
+
+
+async def test_refusals_are_told_of_once(echo: Echo) -> None:
+    config = ServiceConfig.create(env={}, max_body_bytes=100, api_keys="alice:alice-key-1234567")
+    told: list[tuple[str, int, str | None]] = []
+    app = protect(echo, config, lambda e: told.append((e.request_id, e.status, e.error)))
+    key = {"Authorization": "Bearer alice-key-1234567"}
+    async with client(app) as http:
+        await http.get("/", headers={"X-Request-ID": "a"})
+        await http.post("/", content=b"x" * 101, headers={"X-Request-ID": "b"} | key)
+        await http.post("/", content=chunks(60, 60), headers={"X-Request-ID": "c"} | key)
+        await http.get("/", headers={"X-Request-ID": "d", "Origin": "https://evil.example"} | key)
+        assert (await http.post("/", content=b"{}", headers=key)).status_code == 200
+    assert told == [
+        ("a", 401, "invalid_api_key"),
+        ("b", 413, "request_too_large"),
+        ("c", 413, "request_too_large"),
+        ("d", 403, "origin_not_allowed"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -252,8 +335,8 @@ def bento_app() -> Any:
     settings = ServiceConfig.create(
         env={}, api_keys="alice:alice-key-1234567,bob:bob-key-1234567", max_body_bytes=10**6
     )
-    for middleware, options in middlewares(settings):
-        Guarded.add_asgi_middleware(middleware, **options)
+    for kind, options in middlewares(settings):
+        Guarded.add_asgi_middleware(kind, **options)
     return Guarded.to_asgi(is_main=True)
 
 

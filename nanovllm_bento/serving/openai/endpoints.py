@@ -6,7 +6,7 @@ They are plain ASGI applications, so that nothing they do not need stands betwee
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,9 +17,15 @@ from nanovllm_bento import log_format
 from nanovllm_bento.errors import DeadlineExceededError, InvalidRequestError, ModelNotServedError
 from nanovllm_bento.sampling_params import SamplingParams
 from nanovllm_bento.serving.admission import Ticket
-from nanovllm_bento.serving.auth import Caller, caller_of
 from nanovllm_bento.serving.context import ServingContext, TextSide
-from nanovllm_bento.serving.errors import error_event, error_object, invalid_body
+from nanovllm_bento.serving.errors import (
+    CLIENT_LEFT,
+    ClientDisconnectedError,
+    error_event,
+    error_object,
+    invalid_body,
+)
+from nanovllm_bento.serving.exchange import Exchange
 from nanovllm_bento.serving.generation import (
     WHOLE_ANSWER,
     Completion,
@@ -28,7 +34,7 @@ from nanovllm_bento.serving.generation import (
     plan_jobs,
     run_jobs,
 )
-from nanovllm_bento.serving.logs import random_hex, request_id_of
+from nanovllm_bento.serving.logs import random_hex
 from nanovllm_bento.serving.openai.chunks import ChunkEncoder, usage_of, whole_answer
 from nanovllm_bento.serving.openai.protocol import (
     ChatCompletionRequest,
@@ -38,7 +44,6 @@ from nanovllm_bento.serving.openai.protocol import (
 )
 from nanovllm_bento.serving.streaming import (
     DONE,
-    ClientDisconnectedError,
     EventSender,
     Headers,
     read_body,
@@ -49,22 +54,6 @@ from nanovllm_bento.serving.streaming import (
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 JSON = (b"content-type", b"application/json")
-CLIENT_LEFT = 499
-"""The status in logs of a request whose client left before its answer began."""
-
-
-@dataclass(slots=True)
-class Exchange:
-    """One HTTP request and what became of it. ``arrived``: time.monotonic(); request_id: of HTTP, for logs."""
-
-    scope: Scope
-    request_id: str
-    caller: Caller
-    arrived: float = field(default_factory=time.monotonic)
-    plan: "Plan | None" = None
-    body: GenerationRequest | None = None
-    status: int = 200
-    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -78,10 +67,8 @@ class Plan:
     num_prompts: int
     num_prompt_tokens: int
     chat: bool
-    sampling: SamplingParams
     text: TextSide
-    caller: Caller
-    arrived: float
+    exchange: Exchange
 
     @property
     def num_choices(self) -> int:
@@ -127,13 +114,15 @@ class OpenAIEndpoints:
         kind: type[RequestT],
         plan_it: Callable[[RequestT, Exchange], Awaitable[Plan]],
     ) -> None:
-        exchange = Exchange(scope, request_id_of(scope["headers"]), caller_of(scope))
+        exchange = Exchange.of(scope)
         log_format.request_id.set(exchange.request_id)
         headers = [(b"x-request-id", exchange.request_id.encode())]
         events = EventSender(send, headers)
         try:
-            body = exchange.body = self._parse(kind, await read_body(receive))
-            plan = exchange.plan = await plan_it(body, exchange)
+            body = self._parse(kind, await read_body(receive))
+            if self.context.logs_prompts:
+                exchange.prompt = body.prompt_for_logs()
+            plan = await plan_it(body, exchange)
             if body.stream:
                 await until_disconnect(receive, self._stream(plan, events, include_usage=body.include_usage))
             else:
@@ -149,7 +138,7 @@ class OpenAIEndpoints:
         except Exception as exc:
             await self._fail(exchange, exc, send, events, headers)
         finally:
-            self._ended(exchange)
+            self.context.ended(exchange)
 
     async def _fail(
         self, exchange: Exchange, exc: Exception, send: Send, events: EventSender, headers: Headers
@@ -164,39 +153,8 @@ class OpenAIEndpoints:
                 await events.send(error_event(exc), last=True)
             return
         exchange.status = status
-        self.context.metrics.refused(status)
         extra = [(name.lower().encode(), value.encode("latin-1")) for name, value in more.items()]
         await send_whole(send, status, [JSON, *extra, *headers], msgspec.json.encode(answer))
-
-    def _ended(self, exchange: Exchange) -> None:
-        """For the access log and the traces, where they are asked for."""
-        log, tracing = self.context.access_log, self.context.tracing
-        if log is None and tracing is None:
-            return
-        plan, scope = exchange.plan, exchange.scope
-        sequences = [job.metrics for job in plan.jobs if job.metrics is not None] if plan else []
-        if log is not None:
-            prompt = exchange.body.prompt_for_logs() if log.prompts and exchange.body is not None else None
-            log.write(
-                exchange.request_id,
-                scope["path"],
-                exchange.status,
-                exchange.arrived,
-                sequences,
-                caller=exchange.caller.name,
-                error=exchange.error,
-                prompt=prompt,
-            )
-        if tracing is not None:
-            tracing.record(
-                scope["headers"],
-                exchange.request_id,
-                self.context.model_name,
-                exchange.arrived,
-                sequences,
-                plan.sampling if plan else None,
-                error=exchange.error,
-            )
 
     # -- from body to plan --------------------------------------------------------------------------------------------
 
@@ -249,7 +207,8 @@ class OpenAIEndpoints:
         *,
         param: str,
     ) -> Plan:
-        caller, info = exchange.caller, self.context.engine.info
+        info = self.context.engine.info
+        exchange.sampling = sampling
         request_id = prefix + random_hex(12)
         deadline = None
         if body.deadline_ms is not None:
@@ -261,7 +220,7 @@ class OpenAIEndpoints:
             info,
             param=param,
             cache_salt=cache_salt,
-            priority=caller.effective_priority(body.priority, info.scheduling_policy),
+            priority=exchange.caller.effective_priority(body.priority, info.scheduling_policy),
             deadline=deadline,
         )
         return Plan(
@@ -272,10 +231,8 @@ class OpenAIEndpoints:
             len(prompts),
             sum(map(len, prompts)),
             param == "messages",
-            sampling,
             self.context.text,
-            caller,
-            exchange.arrived,
+            exchange,
         )
 
     # -- from plan to answer ------------------------------------------------------------------------------------------
@@ -286,13 +243,14 @@ class OpenAIEndpoints:
         watched = [
             metrics.request(
                 len(job.prompt_token_ids),
-                plan.arrived,
+                plan.exchange.arrived,
                 max_tokens=job.sampling.max_tokens,
                 n=0 if i % n else n,
                 held=True,
             )
             for i, job in enumerate(plan.jobs)
         ]
+        plan.exchange.sequences = watched
         for job, watch in zip(plan.jobs, watched, strict=True):
             job.metrics = watch
         try:
@@ -313,7 +271,7 @@ class OpenAIEndpoints:
         def add(index: int, delta: Delta) -> None:
             completions[index].add(delta)
 
-        with context.admit(len(plan.jobs), plan.caller, plan.num_prompt_tokens) as ticket:
+        with context.admit(len(plan.jobs), plan.exchange.caller, plan.num_prompt_tokens) as ticket:
             try:
                 await self._turn(plan, ticket)
                 await run_jobs(context.engine, plan.text.tokenizer, plan.jobs, add, pace=WHOLE_ANSWER)
@@ -338,7 +296,7 @@ class OpenAIEndpoints:
             event = answer.event(index, delta)
             return events.push(event, last=not answer.num_running) if event else None
 
-        with context.admit(len(plan.jobs), plan.caller, plan.num_prompt_tokens) as ticket:
+        with context.admit(len(plan.jobs), plan.exchange.caller, plan.num_prompt_tokens) as ticket:
             try:
                 await self._turn(plan, ticket)
                 await run_jobs(context.engine, plan.text.tokenizer, plan.jobs, send, pace=context.pace)
