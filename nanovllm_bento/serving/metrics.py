@@ -46,7 +46,7 @@ _TOKENS = tuple(mantissa * 10**exponent for exponent in range(8) for mantissa in
 _NUM_CHOICES = (1, 2, 5, 10, 20)
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
-REFUSALS = ("400", "401", "403", "404", "405", "413", "429", "500", "503", "504", "other")
+REFUSALS = ("400", "401", "403", "404", "405", "408", "413", "415", "429", "500", "503", "504", "other")
 """HTTP statuses of requests that were not begun or failed before their first token."""
 
 

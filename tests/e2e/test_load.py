@@ -238,6 +238,39 @@ def _read_text(connection: socket.socket) -> str:
     return "".join(choice["text"] for event in events for choice in json.loads(event)["choices"])
 
 
+async def test_one_keys_long_queue_does_not_hold_up_another_also_with_two_workers(tiny_model: str) -> None:
+    """Each worker has a queue of its own, and hands the engine little more than that can run at once."""
+    keys: dict[str, Any] = {
+        "api_keys": "greedy:greedy-secret,small:small-secret",
+        "api_key_open_paths": "/health,/readyz,/metrics",
+    }
+    keys |= {"workers": 2, "max_num_seqs": 4}
+    body = {"prompt": "Hi", "max_tokens": 20, "ignore_eos": True}
+    num_greedy, num_done, done_before = 120, 0, -1
+    with serve(tiny_model, **(FAKE | keys), fake_tokens_per_second=50) as server, Observer(server) as observer:
+
+        async def ask(name: str) -> None:
+            nonlocal num_done, done_before
+            headers = {"Authorization": f"Bearer {name}-secret"}
+            async with httpx.AsyncClient(base_url=server.url, timeout=120, headers=headers) as client:
+                answer = await client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            if name == "greedy":
+                num_done += 1
+            else:
+                done_before = num_done
+
+        greedy = [asyncio.create_task(ask("greedy")) for _ in range(num_greedy)]
+        await asyncio.to_thread(observer.until, lambda s: s.num_requests_waiting > 0, "more than can run")
+        await until(lambda: gauges(server)["num_requests_waiting"] > num_greedy / 2, "most of them wait")
+        began = num_done
+        await ask("small")
+        inside = 2 * (4 + 1)  # that two workers have handed to the engine before
+        assert done_before - began <= 2 * inside, "and those that had their turn beside it"
+        await asyncio.gather(*greedy)
+        await asyncio.to_thread(observer.until_idle)
+
+
 async def test_a_service_ends_under_load_without_a_broken_answer(tiny_model: str) -> None:
     """Whatever was let in is answered whole; whatever was not gets 503 or no connection. Nothing is left."""
     settings = FAKE | {"fake_tokens_per_second": 100, "shutdown_grace_seconds": 20, "workers": 2}
