@@ -14,7 +14,6 @@ from pydantic import Field
 from nanovllm_bento import log_format
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine.process_client import ProcessEngineClient, prestart_engine
-from nanovllm_bento.engine.processes import ipc_folder
 from nanovllm_bento.serving.app import create_app
 from nanovllm_bento.serving.batch import (
     BatchGate,
@@ -72,7 +71,7 @@ class NanoVLLM:
         """In the main process, before there are workers: the engine loads while they start."""
         log_format.set_up(config.log_format, "main", level=config.log_level)
         name_main_process()
-        guard(config, ipc_folder(os.getpid(), config.ipc_dir))
+        guard(config)
         prestart_engine(engine_config, config, os.getpid())
 
     @bentoml.on_startup

@@ -179,7 +179,8 @@ class ServiceConfig(_Settings):
     """API worker processes. None: with a GPU one for every four CPU cores, at most 4; else 1, as the engine needs the
     cores."""
     ipc_dir: str | None = None
-    """Folder of the sockets between workers and engine; None: one in the runtime folder, named after the service."""
+    """Folder of the sockets between workers and engine, of this service alone; None: one in the runtime folder, named
+    after the service."""
 
     # Who may ask, and how much (docs/security.md)
     api_keys: SecretStr | None = None

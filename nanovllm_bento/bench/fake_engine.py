@@ -23,6 +23,7 @@ import zmq
 from nanovllm_bento import hub, log_format
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.connections import Connections
+from nanovllm_bento.engine.ipc_folder import end_with_owner
 from nanovllm_bento.engine.messages import (
     DEADLINE_EXCEEDED,
     INVALID_REQUEST,
@@ -34,7 +35,7 @@ from nanovllm_bento.engine.messages import (
     StepOutput,
     unpack_tokens,
 )
-from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, start_time, write_whole
+from nanovllm_bento.engine.processes import on_sigterm, start_time, write_whole
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import InvalidRequestError, ModelNotFoundError, NanoVLLMError
 from nanovllm_bento.sampling_params import SamplingParams

@@ -70,6 +70,7 @@ def serve(
     **settings: Any,
 ) -> None:
     """Serve a model over HTTP (OpenAI's API) through bentoml serve."""
+    from nanovllm_bento.engine.ipc_folder import keep_folders_over_exec
     from nanovllm_bento.engine.process_client import prestart_engine
     from nanovllm_bento.hub import load_config_dict, resolve_model
     from nanovllm_bento.models.config import ModelConfig
@@ -85,6 +86,7 @@ def serve(
     ModelConfig.from_dict(load_config_dict(resolve_model(config.model, config.revision)))
     # exec keeps this process's pid, which names the service that the engine belongs to.
     prestart_engine(config, service_config, os.getpid())
+    keep_folders_over_exec()
     command = serve_command(host, port, [*shutdown_options(service_config), *extra])
     os.execv(command[0], command)
 

@@ -30,6 +30,7 @@ import zmq
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine.client import EVERY_STEP, OutputBuffer, Pace
+from nanovllm_bento.engine.ipc_folder import ipc_folder, remove_folder
 from nanovllm_bento.engine.messages import (
     DEADLINE_EXCEEDED,
     INVALID_REQUEST,
@@ -48,7 +49,7 @@ from nanovllm_bento.engine.messages import (
     pack_tokens,
     to_worker_decoder,
 )
-from nanovllm_bento.engine.processes import ipc_folder, open_pidfd, remove_folder, start_time, write_whole
+from nanovllm_bento.engine.processes import open_pidfd, start_time, write_whole
 from nanovllm_bento.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -383,7 +384,7 @@ class ProcessEngineClient:
             # the folder, as an engine would have.
             with _end_of(self.owner_pid) as ended:
                 await ended.wait()
-            remove_folder(self._folder)
+            remove_folder(self._folder, self.owner_pid)
         except asyncio.CancelledError:
             raise
         except Exception as e:

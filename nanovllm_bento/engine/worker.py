@@ -25,6 +25,7 @@ from nanovllm_bento import log_format
 from nanovllm_bento.config import EngineConfig
 from nanovllm_bento.engine.connections import Connections
 from nanovllm_bento.engine.core import EngineCore
+from nanovllm_bento.engine.ipc_folder import end_with_owner
 from nanovllm_bento.engine.messages import (
     ENGINE_FAULT,
     INVALID_REQUEST,
@@ -33,7 +34,7 @@ from nanovllm_bento.engine.messages import (
     OutputItem,
     StepOutput,
 )
-from nanovllm_bento.engine.processes import end_with_owner, on_sigterm, start_time, write_whole
+from nanovllm_bento.engine.processes import on_sigterm, start_time, write_whole
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.errors import EngineError, InvalidRequestError, NanoVLLMError, RankError
 

@@ -19,10 +19,13 @@ import time
 from pathlib import Path
 
 import psutil
+from bentoml.exceptions import BentoMLException
 
 from nanovllm_bento.config import ServiceConfig
+from nanovllm_bento.engine.ipc_folder import ipc_folder, remove_folder
 from nanovllm_bento.engine.process_client import FAILURE_FILE
-from nanovllm_bento.engine.processes import remove_folder, start_time
+from nanovllm_bento.engine.processes import start_time
+from nanovllm_bento.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +41,24 @@ _WORKER = "_bentoml_impl.worker"
 _STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
 
-def guard(config: ServiceConfig, folder: Path) -> None:
-    """Begin to watch the workers, which do not run yet. folder: the service's, where it is written that it has failed.
-    It is removed at the end, as there may be no engine that would.
+def guard(config: ServiceConfig) -> None:
+    """Take the service's folder, and begin to watch the workers, which do not run yet. That the service has failed is
+    written in the folder, which is removed at the end, as there may be no engine that would.
 
     To be called in the main process by BentoML's hook ``on_deployment``. Does nothing in a program that serves within
-    itself, nor with ``--reload``, which ends workers all the time.
+    itself, nor with ``--reload``, which ends workers all the time, but take the folder. Raises BentoMLException where
+    that is not possible: BentoML then says why and ends with exit code 1.
     """
+    try:
+        folder = ipc_folder(os.getpid(), config.ipc_dir)
+    except ConfigError as e:
+        raise BentoMLException(str(e)) from e
     if not _is_bentoml_serve(sys.argv) or threading.current_thread() is not threading.main_thread():
         return
     in_container = _CONTAINER in os.environ
     if config.worker_max_restarts:
         # BentoML asks for it when it makes the workers, which is next.
         os.environ.pop(_CONTAINER, None)
-    (folder / FAILURE_FILE).unlink(missing_ok=True)  # where ipc_dir names the folder, of the service before this one
     ends = in_container if config.end_on_failure is None else config.end_on_failure
     told, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -59,7 +66,7 @@ def guard(config: ServiceConfig, folder: Path) -> None:
         raise RuntimeError("another part of this process listens for signals already")
     watch = Watch(told, config, folder / FAILURE_FILE if ends else None)
     atexit.register(watch.tell)
-    atexit.register(remove_folder, folder)  # before tell, which may end the process
+    atexit.register(remove_folder, folder, os.getpid())  # before tell, which may end the process
     threading.Thread(target=watch.run, name="guard", daemon=True).start()
 
 

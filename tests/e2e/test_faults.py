@@ -15,7 +15,7 @@ import pytest
 
 from nanovllm_bento.bench.fake_engine import TEXT
 from tests.e2e.observer import Observer, supervisor
-from tests.e2e.server import Server, serve, start_time, wait_ended
+from tests.e2e.server import Server, kill, serve, start_time, wait_ended
 from tests.e2e.streams import Stream, until
 from tests.e2e.tiny import SETTINGS
 
@@ -247,6 +247,39 @@ async def test_two_services_on_one_machine_do_not_meet(tiny_model: str) -> None:
                 assert not Path(one.ipc_dir).exists() and Path(other.ipc_dir).exists()
                 assert all(stream.done and stream.error is None for stream in await asyncio.gather(*others))
             assert other.is_ready
+
+
+async def test_a_service_removes_what_dead_ones_have_left_and_nothing_else(tiny_model: str) -> None:
+    """The folder of one whose processes were all killed is gone when the next one starts."""
+    with tempfile.TemporaryDirectory(prefix="nanovllm-") as runtime_dir:
+        common = FAKE | {"runtime_dir": runtime_dir, "fake_tokens_per_second": 50}
+        with serve(tiny_model, **common, wait=False) as dead, serve(tiny_model, **common) as other:
+            dead.wait_ready()
+            os.kill(dead.engine_pid, signal.SIGSTOP)  # or it might still clear away
+            kill(dead.processes())
+            assert await asyncio.to_thread(wait_ended, dead.processes()) == []
+            assert Path(dead.ipc_dir).exists()
+            async with streaming(other, [long({"prompt": "a"}, 200)] * 3) as runs:
+                with serve(tiny_model, **common):
+                    assert not Path(dead.ipc_dir).exists() and Path(other.ipc_dir).exists()
+                assert all(stream.done and stream.error is None for stream in await asyncio.gather(*runs))
+            assert other.is_ready and Path(other.ipc_dir).exists()
+
+
+async def test_a_folder_in_use_is_refused_to_another_service(tiny_model: str) -> None:
+    """That one ends, and the first goes on with all that it has there."""
+    with serve(tiny_model, **FAKE, fake_tokens_per_second=20) as one:
+        engine, files = one.engine_pid, set(os.listdir(one.ipc_dir))
+        async with streaming(one, [long({"prompt": "a"}, 100)] * 3) as runs:
+            with serve(tiny_model, **FAKE, wait=False, ipc_dir=one.ipc_dir) as another:
+                assert await asyncio.to_thread(another.process.wait, 60) == 1
+                why = f"ipc_dir {one.ipc_dir} is in use by another service (pid {one.process.pid})."
+                assert why in another.log and "NANOVLLM_IPC_DIR" in another.log
+                assert "Traceback" not in another.log
+            for stream in await asyncio.gather(*runs):
+                assert stream.done and stream.error is None and stream.num_events > 10
+        assert one.is_ready and one.engine_pid == engine
+        assert files <= set(os.listdir(one.ipc_dir))
 
 
 async def test_an_engine_killed_while_it_loads_is_started_again(tiny_model: str) -> None:

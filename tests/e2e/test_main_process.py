@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +92,18 @@ async def test_an_engine_that_dies_too_often_ends_the_service_if_asked_to(tiny_m
         os.kill(server.engine_pid, signal.SIGKILL)
         assert await asyncio.to_thread(exit_code, server) == 1
         assert "The engine ended 1 times" in server.log
+
+
+async def test_what_a_dead_service_wrote_into_its_folder_is_not_believed(tiny_model: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="nanovllm-") as base:
+        folder = Path(base) / "ipc"
+        folder.mkdir(mode=0o700)
+        for name, text in {"owner": "4194305 1 1", "failure": "No engine comes.", "epoch": "7"}.items():
+            (folder / name).write_text(text)
+        with serve(tiny_model, end_on_failure=True, ipc_dir=folder, **FAKE) as server:
+            assert server.is_ready and (folder / "epoch").read_text() == "0"
+            assert not (folder / "failure").exists()
+        assert not folder.exists()
 
 
 async def test_a_worker_that_hangs_does_not_hold_up_the_end(tiny_model: str) -> None:

@@ -13,12 +13,11 @@ import pytest
 import zmq
 
 from nanovllm_bento.config import EngineConfig, ServiceConfig
-from nanovllm_bento.engine import processes
 from nanovllm_bento.engine.client import OutputBuffer, generate
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.messages import OutputItem, to_engine_decoder
 from nanovllm_bento.engine.process_client import ProcessEngineClient
-from nanovllm_bento.engine.processes import ipc_folder, start_time, write_whole
+from nanovllm_bento.engine.processes import start_time, write_whole
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import (
     ConfigError,
@@ -299,6 +298,17 @@ async def test_without_an_engine_the_supervisor_removes_the_folder_when_the_serv
             await wait_for(lambda: not folder.exists(), "the folder is removed")
 
 
+async def test_two_services_with_one_folder_do_not_share_an_engine(tmp_path):
+    """Where no main process of ours holds it: two programs that serve within themselves."""
+    config, folder, module = engine_config("./no/such/model"), tmp_path / "ipc", "nanovllm_bento.bench.fake_engine"
+    with living() as owner:
+        async with connected(config, folder, owner.pid, engine_module=module):
+            with pytest.raises(ConfigError, match=f"in use by another service .pid {owner.pid}"):
+                async with connected(config, folder, engine_module=module):
+                    pass
+            assert (folder / "owner").read_text().split()[0] == str(owner.pid)
+
+
 @pytest.mark.parametrize("configured", [True, False])
 async def test_a_worker_whose_service_has_ended_leaves_no_folder(tmp_path, monkeypatch, configured):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
@@ -311,15 +321,6 @@ async def test_a_worker_whose_service_has_ended_leaves_no_folder(tmp_path, monke
             await client.start()
     finally:
         await client.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_made_while_its_service_ends_is_removed(tmp_path, monkeypatch):
-    with living() as owner:
-        ended = iter([start_time(owner.pid), None])
-        monkeypatch.setattr(processes, "start_time", lambda pid: next(ended))
-        with pytest.raises(EngineDeadError):
-            ipc_folder(owner.pid, str(tmp_path / "ipc"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -365,34 +366,6 @@ async def test_workers_learn_why_no_engine_comes_in_the_same_words(tmp_path):
         assert (folder / "failure").read_text() == told[0]
         found = (folder / "failure").stat()
         assert (found.st_ino, found.st_mtime_ns) == (written.st_ino, written.st_mtime_ns), "it is written once"
-
-
-def test_an_engine_whose_service_has_ended_does_not_begin(tmp_path):
-    with living() as owner:
-        folder = ipc_folder(owner.pid, str(tmp_path / "ipc"))
-    script = "import sys, pathlib; from nanovllm_bento.engine.processes import end_with_owner as end;"
-    script += "end(int(sys.argv[1]), pathlib.Path(sys.argv[2])); print('it goes on')"
-    command = [sys.executable, "-c", script, str(owner.pid), str(folder)]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == ""
-    assert not folder.exists()
-
-
-def test_an_ipc_folder_open_to_others_is_refused(tmp_path):
-    folder = tmp_path / "open"
-    folder.mkdir(mode=0o755)
-    with pytest.raises(ConfigError, match="0700"):
-        ipc_folder(os.getpid(), str(folder))
-    with pytest.raises(ConfigError, match="too long"):
-        ipc_folder(os.getpid(), str(tmp_path / ("x" * 100)))
-
-
-def test_folders_of_services_that_are_gone_are_removed(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    with living() as gone:
-        old = ipc_folder(gone.pid)
-    mine = ipc_folder(os.getpid())
-    assert mine.exists() and not old.exists()
-    assert mine.stat().st_mode & 0o777 == 0o700
 
 
 class Socket:

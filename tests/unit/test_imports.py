@@ -29,7 +29,14 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "gguf_file", "hub", "kernels", "layers"},
     "engine": {"errors", "config", "log_format", "hub", "sampling_params", "outputs", "kernels", "layers", "models"},
     "serving": (LEAVES - {"outputs"})
-    | {"engine.client", "engine.messages", "engine.request", "engine.process_client", "engine.processes"},
+    | {
+        "engine.client",
+        "engine.messages",
+        "engine.request",
+        "engine.process_client",
+        "engine.processes",
+        "engine.ipc_folder",
+    },
     "llm": LEAVES | {"engine"},
     "bench": LEAVES | {"kernels", "layers", "models", "engine", "llm", "serving"},
     "cli": LEAVES | {"kernels", "models", "engine", "llm", "bench", "serving.resources"},
