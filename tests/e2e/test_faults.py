@@ -247,6 +247,8 @@ async def test_two_services_on_one_machine_do_not_meet(tiny_model: str) -> None:
                 assert not Path(one.ipc_dir).exists() and Path(other.ipc_dir).exists()
                 assert all(stream.done and stream.error is None for stream in await asyncio.gather(*others))
             assert other.is_ready
+            with Observer(other) as observer:
+                await asyncio.to_thread(observer.until_idle)
 
 
 async def test_a_service_removes_what_dead_ones_have_left_and_nothing_else(tiny_model: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.observer import Observer
 from tests.e2e.server import Server, serve
 from tests.e2e.streams import Stream, until
 from tests.e2e.tiny import SETTINGS
@@ -50,11 +51,16 @@ async def test_a_container_replaces_a_worker_that_dies_and_still_ends_with_0_whe
     with serve(tiny_model, **FAKE) as server:
         victim, other = await two_workers(server)
         engine = server.engine_pid
+        streams = [await start_stream(server) for _ in range(4)]
         os.kill(victim, signal.SIGKILL)
         await until(lambda: victim not in server.worker_pids and len(server.worker_pids) == 2, "it is replaced")
         assert other in server.worker_pids and server.engine_pid == engine
         await until(lambda: "has ended; 1 of 3" in server.log, "it is counted")
         await until(lambda: server.is_ready, "ready")
+        ended = await asyncio.gather(*(run for _, run in streams))
+        assert all(stream.broken or stream.finish_reason == "length" for stream in ended)
+        with Observer(server) as observer:
+            await asyncio.to_thread(observer.until_idle)
         _, run = await start_stream(server)
         os.kill(server.process.pid, signal.SIGTERM)
         stream = await run
