@@ -4,9 +4,13 @@ The engine runs in this process; with tensor_parallel_size above 1 its other ran
 """
 
 import itertools
+import signal
+import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
@@ -58,7 +62,10 @@ class LLM:
         sampling_params: one for all, or one a prompt; None is SamplingParams(). use_tqdm: show a progress bar with
         prompt and output tokens per second.
 
-        Raises InvalidRequestError for a bad prompt or parameter, before anything runs; then nothing is lost.
+        Raises InvalidRequestError for a bad prompt or parameter, before anything runs; then nothing is lost. Raises
+        EngineError where the engine could not finish; with EngineDeadError (RankError) a new LLM is needed. Ctrl-C ends
+        the call after the running step, and the next call finds the engine as before; a second one does not wait for
+        the step, and ends the engine.
         """
         tokenized = [self._tokenize(prompt) for prompt in _as_list(prompts)]
         if sampling_params is None:
@@ -78,10 +85,11 @@ class LLM:
             _Request(str(next(self._request_ids)), text, token_ids, sampling, self.tokenizer)
             for (text, token_ids), sampling in zip(tokenized, resolved, strict=True)
         ]
-        try:
-            self._run(requests, use_tqdm)
-        finally:
-            self._abort_open(requests)
+        with _interrupts_between_steps() as between_steps:
+            try:
+                self._run(requests, use_tqdm, between_steps)
+            finally:
+                self._abort_open(requests)
         return [request.output for request in requests]
 
     def chat(
@@ -122,7 +130,7 @@ class LLM:
 
         contexts, continuations: a str or a list of token ids, or a list of these; one context may serve all
         continuations. Two strs are tokenized together, as lm-evaluation-harness does (text.pairs). A context has at
-        least one token. Raises InvalidRequestError for a bad pair, before anything runs.
+        least one token. Raises InvalidRequestError for a bad pair, before anything runs; otherwise as ``generate``.
         """
         all_contexts, all_continuations = _as_list(contexts), _as_list(continuations)
         if len(all_contexts) == 1:
@@ -139,23 +147,25 @@ class LLM:
         open_ids: dict[str, int] = {}
         outputs: list[ScoreOutput | None] = [None] * len(pairs)
         progress = tqdm(total=len(pairs), desc="Scoring", unit="req", dynamic_ncols=True, disable=not use_tqdm)
-        try:
-            for i, (context, continuation) in enumerate(pairs):
-                request_id = f"score-{next(self._request_ids)}"
-                tokens, nothing = pack_tokens(context + continuation), SamplingParams(seed=0)
-                self.core.add(Add(request_id, tokens, nothing, task="score", num_scored=len(continuation)))
-                open_ids[request_id] = i
-            while open_ids:
-                for _, item in self.core.step():
-                    if item.finish_reason == "error":
-                        raise EngineError(item.error)
-                    i = open_ids.pop(item.request_id)
-                    assert item.logprobs is not None and item.is_greedy is not None
-                    outputs[i] = ScoreOutput(*pairs[i], item.logprobs, item.is_greedy, item.num_cached_tokens)
-                    progress.update()
-        finally:
-            progress.close()
-            self._abort(open_ids)
+        with _interrupts_between_steps() as between_steps:
+            try:
+                for i, (context, continuation) in enumerate(pairs):
+                    request_id = f"score-{next(self._request_ids)}"
+                    tokens, nothing = pack_tokens(context + continuation), SamplingParams(seed=0)
+                    self.core.add(Add(request_id, tokens, nothing, task="score", num_scored=len(continuation)))
+                    open_ids[request_id] = i
+                while open_ids:
+                    for _, item in self.core.step():
+                        if item.finish_reason == "error":
+                            raise EngineError(item.error)
+                        i = open_ids.pop(item.request_id)
+                        assert item.logprobs is not None and item.is_greedy is not None
+                        outputs[i] = ScoreOutput(*pairs[i], item.logprobs, item.is_greedy, item.num_cached_tokens)
+                        progress.update()
+                    between_steps()
+            finally:
+                progress.close()
+                self._abort(open_ids)
         return [output for output in outputs if output is not None]
 
     def _tokenize_pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], list[int]]:
@@ -187,7 +197,7 @@ class LLM:
             f"A prompt is a string, a list of token ids or a dict, got {type(prompt).__name__}.", param="prompts"
         )
 
-    def _run(self, requests: list["_Request"], use_tqdm: bool) -> None:
+    def _run(self, requests: list["_Request"], use_tqdm: bool, between_steps: Callable[[], None]) -> None:
         by_id: dict[str, tuple[_Request, int]] = {}
         for request in requests:
             packed = pack_tokens(request.output.prompt_token_ids)
@@ -213,6 +223,7 @@ class LLM:
                         len(item.new_token_ids),
                         int(request.output.finished and not request.open_ids),
                     )
+            between_steps()
         if progress is not None:
             progress.close()
 
@@ -220,10 +231,43 @@ class LLM:
         self._abort(request_id for request in requests for request_id in request.open_ids)
 
     def _abort(self, request_ids: Iterable[str]) -> None:
+        if self.core.failure is not None:
+            return  # nothing comes free any more
         for request_id in request_ids:
             self.core.abort(request_id)
         while self.core.has_work and not self.core.scheduler.sequences:
             self.core.step()  # read what is in flight, so that blocks come free
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Within it Ctrl-C only takes effect where the yielded function is called, or when it is given a second time: a
+    step that is broken off cannot be undone. In other threads than the main one there are no signals to hold back.
+    """
+    act = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(act):
+        yield lambda: None
+        return
+    is_pending = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal is_pending
+        if is_pending:
+            act(signum, frame)
+        is_pending = True
+
+    def between_steps() -> None:
+        nonlocal is_pending
+        if is_pending:
+            is_pending = False
+            act(signal.SIGINT, None)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield between_steps
+    finally:
+        signal.signal(signal.SIGINT, act)
+    between_steps()
 
 
 class _Request:

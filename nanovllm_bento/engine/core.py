@@ -109,6 +109,8 @@ class EngineCore:
         )
         self.scheduler = Scheduler(config, self.block_manager)
         self.in_flight: InFlight | None = None
+        self.failure: str | None = None
+        """What broke a step off, which cannot be undone nor done again: nothing more can be computed."""
         self.may_capture = True  # whether capture_ahead may have anything to do
         eos_token_ids = [token for token in eos_token_ids if 0 <= token < runner.vocab_size]  # others cannot be sampled
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -229,7 +231,12 @@ class EngineCore:
         )
 
     def add(self, request: Add, client_id: bytes = b"") -> Sequence:
-        """Queue a request. Raises InvalidRequestError, with nothing changed, if it cannot be served as asked."""
+        """Queue a request.
+
+        Raises InvalidRequestError, with nothing changed, if it cannot be served as asked, and EngineDeadError after a
+        step that was broken off.
+        """
+        self._check_alive()
         if request.request_id in self.scheduler.sequences:
             raise InvalidRequestError(f"A request {request.request_id!r} is running already.", param="request_id")
         try:
@@ -286,9 +293,19 @@ class EngineCore:
     def step(self) -> list[tuple[Sequence, OutputItem]]:
         """Launch the next step, then collect the one before it. Returns what became known, maybe nothing.
 
-        Raises what another rank has failed with, RankError as a rule; nothing more can be computed then.
+        Raises what another rank has failed with, RankError as a rule. Whatever is raised, nothing more can be computed
+        then, and the next call raises EngineDeadError.
         """
-        return self._naming_the_cause(self._step)
+        self._check_alive()
+        try:
+            return self._naming_the_cause(self._step)
+        except BaseException as error:
+            self.failure = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise EngineDeadError(f"The engine cannot go on after what broke off a step ({self.failure}).")
 
     def capture_ahead(self) -> None:
         """Use a moment without work to make a later step faster, while ``may_capture``. It may take as long as a step.
