@@ -2,10 +2,10 @@
 
     python benchmarks/step_ring.py [--readers 1 3 7] [--output FILE]
 
-Processes on one machine, one step a millisecond (the writer is busy in between, as rank 0 is). 4 KB are the inputs of
-256 decode rows. ``received``: from before publish until receive has returned in every reader; ``publish``: the time it
-takes rank 0. Microseconds. Readers watch the memory for a while before they sleep (spin), or sleep at once (doorbell);
-spinning needs a core for every process.
+Processes on one machine, one step in eight milliseconds, as 8B models have them on two GPUs (the writer is busy in
+between, as rank 0 is). 4 KB are the inputs of 256 decode rows. ``received``: from before publish until receive has
+returned in every reader; ``publish``: the time it takes rank 0. Microseconds. Readers watch the memory for as long as
+the engine's ranks do before they sleep (spin), or sleep at once (doorbell); spinning needs a core for every process.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from typing import Any
 import msgspec
 
 from nanovllm_bento.bench.environment import environment, write_result
+from nanovllm_bento.engine.ranks import SPIN_SECONDS
 from nanovllm_bento.engine.step_ring import RingReader, RingShape, RingWriter, create_ring
 
 SIZES = {"4 KB": 4096, "64 KB": 64 * 1024, "1 MB": 1024 * 1024}
-SPIN_SECONDS = 0.005
 
 
 def read(index: int, ring_fd: int, doorbell_fd: int, shape: dict[str, int], spin_seconds: float) -> None:
@@ -111,8 +111,8 @@ def summary(nanoseconds: list[int]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", type=int, nargs="+", default=[1])
-    parser.add_argument("--count", type=int, default=2000, help="steps of each size")
-    parser.add_argument("--gap-us", type=float, default=1000.0, help="from step to step")
+    parser.add_argument("--count", type=int, default=500, help="steps of each size")
+    parser.add_argument("--gap-us", type=float, default=8000.0, help="from step to step")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--read", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -36,7 +36,12 @@ def environment() -> dict[str, Any]:
 def command_line() -> str:
     """The command as one would type it: without the folders of this machine."""
     arguments = [Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:]]
-    return shlex.join(["nanovllm-bento", *arguments])
+    program, module = Path(sys.argv[0]), getattr(sys.modules["__main__"], "__spec__", None)
+    if program.name == "nanovllm-bento":
+        return shlex.join([program.name, *arguments])
+    if module is not None:  # of a package, by -m
+        return shlex.join(["python", "-m", module.name.removesuffix(".__main__"), *arguments])
+    return shlex.join(["python", os.path.relpath(program) if program.exists() else program.name, *arguments])
 
 
 def package_versions() -> dict[str, str]:

@@ -397,6 +397,9 @@ class ProcessEngineClient:
         while True:
             process = None
             pid = _running_engine(self._folder)
+            error = self._folder / "engine.error"
+            if pid is None and error.exists():  # of one that was started before this worker supervised
+                return self._fail(error.read_text())
             if pid is None:
                 if start_time(self.owner_pid) is None:
                     return  # the service is over, and this worker about to end
@@ -408,7 +411,6 @@ class ProcessEngineClient:
             self._engine_pid = pid
             await self._watch(pid)
             code = process.wait() if process is not None else None
-            error = self._folder / "engine.error"
             if error.exists():  # it cannot start as configured, so the next one could not either
                 return self._fail(error.read_text())
             logger.error("the engine (pid %d) ended%s", pid, "" if code is None else f" with code {code}")

@@ -60,6 +60,26 @@ class _Seen:
     seconds: float = 0.0
 
 
+class StopDetector:
+    """Fed with looks at ranks that start, says who has been stopped for ``timeout`` seconds (a debugger, SIGSTOP).
+
+    Nothing else can be told then: a rank that waits for the others or for a slow disk computes nothing either.
+    """
+
+    def __init__(self, num_ranks: int, timeout: float) -> None:
+        self.timeout = timeout
+        self._stopped_since: list[float | None] = [None] * num_ranks
+
+    def look(self, now: float, usages: Sequence[Usage]) -> Hang | None:
+        """now: of a monotonic clock."""
+        for place, usage in enumerate(usages):
+            since = self._stopped_since[place]
+            self._stopped_since[place] = (now if since is None else since) if usage.is_stopped else None
+        late = [i for i, since in enumerate(self._stopped_since) if since is not None and now - since >= self.timeout]
+        have = "has" if len(late) == 1 else "have"
+        return Hang(late, f"{have} been stopped for {self.timeout:g} s while starting") if late else None
+
+
 class HangDetector:
     """Fed with looks at the ranks, says who hangs. It needs several looks within ``timeout`` seconds.
 
@@ -72,11 +92,6 @@ class HangDetector:
         self._num_published = 0
         self._publisher_seconds = 0.0
         self._looked = float("-inf")
-
-    @property
-    def interval(self) -> float:
-        """Seconds between two looks."""
-        return min(0.5, self.timeout / 8)
 
     def look(self, now: float, num_published: int, publisher_seconds: float, ranks: Sequence[RankState]) -> Hang | None:
         """now: of a monotonic clock. publisher_seconds: CPU time of the thread that publishes the steps."""

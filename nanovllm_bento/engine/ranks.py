@@ -26,7 +26,7 @@ import msgspec
 
 from nanovllm_bento import errors
 from nanovllm_bento.config import EngineConfig
-from nanovllm_bento.engine.rank_progress import HangDetector, RankState, usage
+from nanovllm_bento.engine.rank_progress import HangDetector, RankState, StopDetector, usage
 from nanovllm_bento.engine.rank_worker import DUMP_SIGNAL, FromRank, RankArgs, RankFailed, RankReady
 from nanovllm_bento.engine.step_ring import RingShape, RingWriter, create_ring
 from nanovllm_bento.errors import EngineDeadError, NanoVLLMError, RankError
@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_EXECUTOR = "nanovllm_bento.engine.model_runner:rank_executor"
 _MODULE = "nanovllm_bento.engine.rank_worker"
 
-_SPIN_SECONDS = 0.003
-"""How long a rank watches for the next step before it sleeps, where there are cores for it: a decode step's time."""
+SPIN_SECONDS = 0.05
+"""How long a rank watches for the next step before it sleeps, where there are cores for it: longer than decode steps
+take, for a rank that watches has a step's inputs within half the time of one that sleeps (benchmarks/step_ring.py)."""
 _CORES_TO_SPIN = 4  # a rank: one that launches, one that watches, the threads of NCCL and of everybody else
 _GRACE_SECONDS = 2.0
 """For ranks to end by themselves; then they are killed."""
@@ -245,10 +246,11 @@ class Ranks:
         failed: list[_Rank] = []  # in the order in which they did
         judge_at = float("inf")
         next_look = 0.0
+        interval = min(0.5, self._timeout / 8)
+        starting = StopDetector(len(self._ranks), self._timeout)
         while not self._closing:
-            until = judge_at if failed or self._hangs is None else next_look
-            wait = None if until == float("inf") else max(0.0, until - time.monotonic()) * 1000
-            for fd, _ in poller.poll(wait):
+            until = judge_at if failed else next_look
+            for fd, _ in poller.poll(max(0.0, until - time.monotonic()) * 1000):
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
                     continue
@@ -264,9 +266,9 @@ class Ranks:
             killed = [rank for rank in failed if (rank.process.poll() or 0) < 0]
             if killed or now >= judge_at:
                 return self._fail(_why(killed[0] if killed else failed[0]))
-            if self._hangs is not None and now >= next_look and not failed:
-                next_look = now + self._hangs.interval
-                if self._look(self._hangs, now):
+            if now >= next_look and not failed:
+                next_look = now + interval
+                if self._look(now, starting):
                     return
 
     def _hear(self, rank: _Rank) -> bool:
@@ -292,11 +294,15 @@ class Ranks:
                         rank.error = message
                     self._changed.notify_all()
 
-    def _look(self, hangs: HangDetector, now: float) -> bool:
+    def _look(self, now: float, starting: StopDetector) -> bool:
         """Whether a rank hangs, which is then told."""
-        states = [RankState(*self._writer.progress(i), usage(r.process.pid)) for i, r in enumerate(self._ranks)]
-        publisher = usage(os.getpid(), self._publisher[1])
-        hang = hangs.look(now, self._writer.num_published, publisher.seconds, states)
+        usages = [usage(rank.process.pid) for rank in self._ranks]
+        if self._hangs is None:
+            hang = starting.look(now, usages)
+        else:
+            states = [RankState(*self._writer.progress(i), used) for i, used in enumerate(usages)]
+            publisher = usage(os.getpid(), self._publisher[1])
+            hang = self._hangs.look(now, self._writer.num_published, publisher.seconds, states)
         if hang is None:
             return False
         names = " and ".join(self._ranks[place].label for place in hang.places)
@@ -362,4 +368,4 @@ def _device_name(device: str, rank: int) -> str:
 
 def _spin_seconds(device: str, size: int) -> float:
     has_cores = len(os.sched_getaffinity(0)) >= _CORES_TO_SPIN * size
-    return _SPIN_SECONDS if device == "cuda" and has_cores else 0.0
+    return SPIN_SECONDS if device == "cuda" and has_cores else 0.0

@@ -72,11 +72,12 @@ class ParallelGroup:
         wait = timedelta(seconds=timeout)
         meeting.set_timeout(wait)
         deadline = time.monotonic() + timeout
-        meeting.add("present", 1)
-        while meeting.add("present", 0) < size:
+        meeting.set(f"rank {rank}", "")
+        while absent := [other for other in range(size) if not meeting.check([f"rank {other}"])]:
             check()
             if time.monotonic() > deadline:
-                raise RankError(f"the {size} tensor-parallel ranks did not all get ready to meet within {timeout:g} s")
+                names = f"{'rank' if len(absent) == 1 else 'ranks'} {', '.join(map(str, absent))}"
+                raise RankError(f"tensor-parallel {names} of {size} did not get ready to meet within {timeout:g} s")
             time.sleep(0.005)
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -191,7 +191,8 @@ class ServingContext:
         if self.admission.is_draining:
             raise DrainingError("The service is shutting down and takes no new requests.")
         if not self.is_ready:
-            raise EngineNotReadyError(f"The service is not ready: {self.failure or 'the engine is starting'}.")
+            why = (self.failure or "the engine is starting").rstrip(".")
+            raise EngineNotReadyError(f"The service is not ready: {why}.")
 
     @property
     def text(self) -> TextSide:

@@ -3,8 +3,10 @@
 import os
 from typing import Any
 
+import pytest
 import torch
 
+from nanovllm_bento.errors import RankError
 from nanovllm_bento.kernels.all_reduce import all_reduce_add_rms_norm_reference, all_reduce_reference
 from nanovllm_bento.layers.parallel import SINGLE, ParallelGroup
 from tests.kernels.all_reduce_checks import parts_of
@@ -74,3 +76,8 @@ def test_a_group_of_one_leaves_everything_as_it_is():
     found = SINGLE.all_reduce_add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     SINGLE.close()
+
+
+def test_ranks_that_do_not_come_to_the_meeting_are_named(tmp_path):
+    with pytest.raises(RankError, match=r"^tensor-parallel ranks 0, 2 of 3 did not get ready to meet within 0.1 s"):
+        ParallelGroup.connect(1, 3, tmp_path / "store", CPU, timeout=0.1)

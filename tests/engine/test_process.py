@@ -16,7 +16,7 @@ from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine.client import OutputBuffer, generate
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.messages import OutputItem, to_engine_decoder
-from nanovllm_bento.engine.process_client import ProcessEngineClient
+from nanovllm_bento.engine.process_client import ProcessEngineClient, prestart_engine
 from nanovllm_bento.engine.processes import start_time, write_whole
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import (
@@ -195,6 +195,16 @@ async def test_a_deadline_ends_a_request_and_frees_it(tiny, tmp_path):
         await wait_for(lambda: client.stats.num_requests_running == client.stats.num_blocks_used == 0, "none is left")
 
 
+async def test_an_engine_that_could_not_start_before_the_workers_is_not_started_again(tmp_path):
+    config, folder = engine_config("./no/such/model"), tmp_path / "ipc"
+    prestart_engine(config, ServiceConfig.create(env={}, ipc_dir=str(folder)), os.getpid())
+    await wait_for(lambda: (folder / "engine.error").exists(), "it has said why")
+    async with connected(config, folder) as client:
+        with pytest.raises(EngineDeadError, match="no/such/model"):
+            await ready(config, client)
+    assert len((folder / "starts").read_text().split()) == 1
+
+
 async def test_a_hung_engine_is_killed_and_replaced(tiny, tmp_path, in_process):
     async with connected(engine_config(tiny), tmp_path / "ipc", engine_heartbeat_timeout=1.0) as client:
         await ready(engine_config(tiny), client)
@@ -244,7 +254,7 @@ async def test_requests_of_a_killed_worker_are_aborted(tiny, tmp_path):
 import asyncio, sys
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine.client import generate
-from nanovllm_bento.engine.process_client import ProcessEngineClient
+from nanovllm_bento.engine.process_client import ProcessEngineClient, prestart_engine
 from nanovllm_bento.sampling_params import SamplingParams
 async def main():
     client = ProcessEngineClient(EngineConfig.create(model=sys.argv[1]), ServiceConfig.create(ipc_dir=sys.argv[2]),

@@ -234,6 +234,14 @@ def test_a_stopped_rank_is_noticed_and_named(device):
         assert "has not taken up step 1 for " in text and text.endswith("(it is stopped)")
 
 
+def test_a_rank_that_is_stopped_while_it_starts_is_noticed_and_named():
+    with started(3, "loading", timeout=0.5) as (ranks, failures):
+        wait_for(lambda: len(ranks.pids) == 2, "both have been started")
+        os.kill(ranks.pids[1], signal.SIGSTOP)
+        assert "rank 2 " in (text := str(failures.only())) and "rank 1" not in text
+        assert text.endswith("has been stopped for 0.5 s while starting")
+
+
 @pytest.mark.parametrize("how", ["sleep", "loop", HOLDING_THE_GIL])
 def test_a_rank_that_hangs_in_a_step_is_noticed_and_named_and_shows_where(how, capfd):
     with started(3, timeout=1.0) as (ranks, failures):

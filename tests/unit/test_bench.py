@@ -1,9 +1,11 @@
 """Benchmarks: workloads are exactly what they are said to be, and results say where they come from."""
 
 import json
+import sys
 from itertools import islice
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,6 +108,15 @@ def test_environment_says_where_a_result_comes_from(monkeypatch: pytest.MonkeyPa
     assert found["command"] == "nanovllm-bento bench --json 'a b.json'"
     assert found["packages"]["torch"] and found["cpu"]["cores"] >= 1 and found["cpu"]["model"]
     assert str(tmp_path) not in json.dumps(found)
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "benchmarks" / "ring.py"
+    script.parent.mkdir()
+    script.touch()
+    monkeypatch.setattr("sys.argv", [str(script), "--count", "3"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert environment.command_line() == "python benchmarks/ring.py --count 3"
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="nanovllm_bento.bench.serve"))
+    assert environment.command_line() == "python -m nanovllm_bento.bench.serve --count 3"
 
 
 def test_result_is_written_with_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
