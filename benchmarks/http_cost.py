@@ -2,7 +2,8 @@
 
     python benchmarks/http_cost.py [--output FILE]
 
-Beside it stands what BentoML costs by itself, measured in the same minutes (benchmarks/plain_service.py).
+Beside it stands what BentoML costs by itself, measured in the same minutes (benchmarks/plain_service.py; not with
+``--alone``).
 The worker's own time is read from /proc (all its threads, in nanoseconds), so neither the engine, the clients nor a
 busy machine count. Clients are processes of their own on raw sockets with keep-alive, ``--concurrency`` connections
 in all. Four workloads:
@@ -12,6 +13,8 @@ in all. Four workloads:
 - steps: without stream, and the engine sends one message a token as fast as it can.
 - short_chunks / long_chunks: streams of an engine with a fixed rate, where each token is a chunk of its own. The
   difference of the two, over the difference of their chunks, is the cost of a chunk.
+
+A short form runs in tests/e2e/test_soak.py.
 """
 
 import argparse
@@ -128,11 +131,12 @@ async def drive(port: int, request: bytes, *, total: int, concurrency: int, stre
 async def _drive(port: int, load: Load) -> dict[str, Any]:
     options = {"messages": MESSAGES, "stream": load.stream, "max_tokens": load.max_tokens, "seed": 1}
     request = post("/v1/chat/completions", {**options, "ignore_eos": True})
+    before = time.process_time()
     connections = await drive(port, request, total=load.requests, concurrency=load.concurrency, stream=load.stream)
     return {
         "events": sum(c.num_events for c in connections),
         "latencies": [latency for c in connections for latency in c.latencies],
-        "cpu_s": time.process_time(),
+        "cpu_s": time.process_time() - before,
     }
 
 
@@ -238,7 +242,7 @@ def costs(service: str, port: int, args: argparse.Namespace) -> dict[str, Any]:
         results["steps"] = measure(port, workers, Load(n, args.concurrency, False, size), args.clients)
     one_by_one = {"NANOVLLM_FAKE_TOKENS_PER_SECOND": str(args.rate), "NANOVLLM_STREAM_INTERVAL": "1"}
     with served(service, port, one_by_one) as workers:
-        for name, tokens in (("warm_up", 8), ("short_chunks", 8), ("long_chunks", 8 + 8 * args.rate)):
+        for name, tokens in (("warm_up", 8), ("short_chunks", 8), ("long_chunks", 8 + int(args.seconds * args.rate))):
             load = Load(args.concurrency * (1 if tokens > 8 else 4), args.concurrency, True, tokens)
             results[name] = measure(port, workers, load, args.clients)
     short, long = results["short_chunks"], results["long_chunks"]
@@ -257,11 +261,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=8000)
     parser.add_argument("--max-tokens", type=int, default=16, help="of the whole and stream workloads")
     parser.add_argument("--rate", type=int, default=300, help="tokens a second of each stream in the chunk workloads")
+    parser.add_argument("--seconds", type=float, default=8.0, help="length of the streams of long_chunks")
+    parser.add_argument("--alone", action="store_true", help="do not measure BentoML by itself")
     args = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    results = {name: costs(service, port, args) for name, service in (("ours", args.service), ("bentoml", PLAIN))}
+    services = {"ours": args.service} if args.alone else {"ours": args.service, "bentoml": PLAIN}
+    results = {name: costs(service, port, args) for name, service in services.items()}
     result = {
         "benchmark": "http_cost",
         "environment": environment(),
