@@ -433,6 +433,12 @@ def test_the_end_of_one_service_leaves_a_folder_that_nobody_locks_to_its_owner(b
     assert not folder.exists()
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether all of its threads are, one of which might take the folder's lock otherwise, and be stopped with it."""
+    stats = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return all(stat.rpartition(")")[2].split()[0] in "Tt" for stat in stats)
+
+
 def test_an_engine_that_ends_late_leaves_the_folder_to_the_next_service(base: Path) -> None:
     engine = "import sys, time, pathlib; from nanovllm_bento.engine.ipc_folder import end_with_owner as end\n"
     engine += "end(int(sys.argv[1]), pathlib.Path(sys.argv[2])); print('begun', flush=True); time.sleep(600)"
@@ -444,6 +450,8 @@ def test_an_engine_that_ends_late_leaves_the_folder_to_the_next_service(base: Pa
         try:
             late.stdout.readline()
             late.send_signal(signal.SIGSTOP)
+            while not is_stopped(late.pid):
+                time.sleep(0.001)
             old.kill()
             folder = ipc_folder(os.getpid(), str(base / "ipc"))
             put(folder, epoch="0")

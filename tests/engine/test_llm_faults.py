@@ -41,6 +41,14 @@ def no_call_hangs() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal; in a shell's background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(params=["generate", "score"])
 def call(request: pytest.FixtureRequest) -> Callable[[LLM], object]:
     """A call that takes many steps."""
