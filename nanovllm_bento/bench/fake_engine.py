@@ -35,7 +35,7 @@ from nanovllm_bento.engine.messages import (
     StepOutput,
     unpack_tokens,
 )
-from nanovllm_bento.engine.processes import on_sigterm, start_time, write_whole
+from nanovllm_bento.engine.processes import name_process, on_sigterm, write_whole
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import InvalidRequestError, ModelNotFoundError, NanoVLLMError
 from nanovllm_bento.sampling_params import SamplingParams
@@ -249,7 +249,7 @@ def main() -> None:
 
     on_sigterm(args.owner_pid, drain)
     end_with_owner(args.owner_pid, folder)
-    write_whole(folder / "engine.pid", f"{os.getpid()} {start_time(os.getpid())}")
+    name_process(folder / "engine.pid", os.getpid())
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
     socket.linger = 1000  # ms
     socket.set_hwm(0)
@@ -266,6 +266,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logger.info("ready: %s", behaviour)
+    name_process(folder / "engine.ready", os.getpid())
     server.run()
     socket.close()
 

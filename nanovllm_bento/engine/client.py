@@ -129,6 +129,10 @@ class EngineClient(Protocol):
         """Whether requests are served now."""
 
     @property
+    def is_up(self) -> bool:
+        """Whether the engine serves, also before this client has heard from it. Reads a file: not for hot paths."""
+
+    @property
     def is_responsive(self) -> bool:
         """Whether it is ready and has been heard of lately. A silent engine may be in a long step, or hang."""
 

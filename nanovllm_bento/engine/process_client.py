@@ -49,7 +49,7 @@ from nanovllm_bento.engine.messages import (
     pack_tokens,
     to_worker_decoder,
 )
-from nanovllm_bento.engine.processes import open_pidfd, start_time, write_whole
+from nanovllm_bento.engine.processes import name_process, open_pidfd, process_named_by, start_time, write_whole
 from nanovllm_bento.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -138,6 +138,10 @@ class ProcessEngineClient:
     @property
     def is_ready(self) -> bool:
         return self._ready.is_set()
+
+    @property
+    def is_up(self) -> bool:
+        return self.is_ready or process_named_by(self._folder / "engine.ready") is not None
 
     @property
     def folder(self) -> Path:
@@ -518,11 +522,7 @@ def prestart_engine(engine_config: EngineConfig, service_config: ServiceConfig, 
 
 def _running_engine(folder: Path) -> int | None:
     """The pid of the engine that serves this folder and still lives."""
-    try:
-        pid, started = map(int, (folder / "engine.pid").read_text().split())
-    except (OSError, ValueError):
-        return None
-    return pid if start_time(pid) == started else None
+    return process_named_by(folder / "engine.pid")
 
 
 def _spawn_engine(
@@ -555,7 +555,7 @@ def _spawn_engine(
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(args))
     process.stdin.close()
-    write_whole(folder / "engine.pid", f"{process.pid} {start_time(process.pid)}")
+    name_process(folder / "engine.pid", process.pid)
     return process
 
 

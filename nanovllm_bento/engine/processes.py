@@ -41,6 +41,20 @@ def on_sigterm(owner_pid: int, act: Callable[[], None]) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def name_process(file: Path, pid: int) -> None:
+    """Write which process it is, for ``process_named_by``."""
+    write_whole(file, f"{pid} {start_time(pid)}")
+
+
+def process_named_by(file: Path) -> int | None:
+    """The pid of the process that ``file`` names, if there is such a file and the process still lives."""
+    try:
+        pid, started = map(int, file.read_text().split())
+    except (OSError, ValueError):
+        return None
+    return pid if start_time(pid) == started else None
+
+
 def write_whole(file: Path, text: str) -> None:
     """Write a file that other processes read at any time, or after this one was killed: they find all of it or none."""
     partial = file.with_name(f"{file.name}.{os.getpid()}")

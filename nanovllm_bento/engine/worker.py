@@ -34,7 +34,7 @@ from nanovllm_bento.engine.messages import (
     OutputItem,
     StepOutput,
 )
-from nanovllm_bento.engine.processes import on_sigterm, start_time, write_whole
+from nanovllm_bento.engine.processes import name_process, on_sigterm, write_whole
 from nanovllm_bento.engine.sequence import Sequence
 from nanovllm_bento.errors import EngineError, InvalidRequestError, NanoVLLMError, RankError
 
@@ -132,7 +132,7 @@ def main() -> None:
 
     on_sigterm(args.owner_pid, drain)
     end_with_owner(args.owner_pid, folder)
-    write_whole(folder / "engine.pid", f"{os.getpid()} {start_time(os.getpid())}")
+    name_process(folder / "engine.pid", os.getpid())
 
     socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
     socket.linger = 1000  # ms, for the last outputs of a drain
@@ -157,6 +157,7 @@ def main() -> None:
     logger.info("ready on %s in %s: %s", core.info.device, core.info.dtype, phases)
     gc.collect()
     gc.freeze()  # what start-up made stays; the collector need not look at it again in the middle of a step
+    name_process(folder / "engine.ready", os.getpid())
     try:
         server.run()
     except RankError as e:

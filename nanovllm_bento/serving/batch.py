@@ -202,6 +202,7 @@ async def _side_by_side(
             if call.has_left:
                 raise ClientDisconnectedError
             async with asyncio.timeout(seconds):
+                await context.follow()
                 return await run(context, item)
         except asyncio.CancelledError:
             if not call.has_left or task.uncancel():

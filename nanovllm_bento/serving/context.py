@@ -12,7 +12,7 @@ from typing import Any
 from nanovllm_bento import hub
 from nanovllm_bento.config import EngineConfig, ServiceConfig
 from nanovllm_bento.engine.client import EngineClient
-from nanovllm_bento.errors import EngineNotReadyError, NanoVLLMError
+from nanovllm_bento.errors import DeadlineExceededError, EngineNotReadyError, NanoVLLMError
 from nanovllm_bento.serving.admission import Admission, Ticket
 from nanovllm_bento.serving.auth import Caller, current_caller
 from nanovllm_bento.serving.errors import CLIENT_LEFT, DrainingError
@@ -31,6 +31,10 @@ LONG_TEXT = 4096
 """Characters above which text is tokenized in a thread, so that other requests' events are not held up."""
 GC_THRESHOLDS = (50_000, 20, 100)
 """Objects between collections; what one request leaves behind is freed without the collector."""
+_FOLLOW_SECONDS = 10.0
+"""How long a request waits for its worker where the engine serves already; workers start within seconds of another."""
+_MAX_FOLLOWING = 256
+"""Requests that wait so at a time. Their bodies are held meanwhile, and no limit of keys counts them yet."""
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -104,6 +108,7 @@ class ServingContext:
         self._failure: str | None = None
         self._text = text
         self._tasks: list[asyncio.Task[None]] = []
+        self._num_following = 0
 
     async def start(self) -> None:
         """Start the engine's client and load the text side beside it; returns before they are ready."""
@@ -193,6 +198,25 @@ class ServingContext:
         if not self.is_ready:
             why = (self.failure or "the engine is starting").rstrip(".")
             raise EngineNotReadyError(f"The service is not ready: {why}.")
+
+    async def follow(self, deadline: float | None = None) -> None:
+        """Return once requests are served here. Only waits where the engine serves already: the service is ready, and
+        this worker about to be. deadline: a time.time().
+
+        Raises DrainingError, EngineNotReadyError or, at ``deadline``, DeadlineExceededError.
+        """
+        if not self.is_ready and self._num_following < _MAX_FOLLOWING and self.engine.is_up:
+            patience = _FOLLOW_SECONDS if deadline is None else min(_FOLLOW_SECONDS, deadline - time.time())
+            until = time.monotonic() + patience
+            self._num_following += 1
+            try:
+                while not (self.is_ready or self.failure or self.admission.is_draining) and time.monotonic() < until:
+                    await asyncio.sleep(0.02)
+            finally:
+                self._num_following -= 1
+            if not self.is_ready and deadline is not None and time.time() >= deadline:
+                raise DeadlineExceededError("The request's deadline passed while the service was starting.")
+        self.check_ready()
 
     @property
     def text(self) -> TextSide:

@@ -129,6 +129,30 @@ async def test_a_killed_worker_costs_its_own_requests_only(tiny_model: str) -> N
         await asyncio.to_thread(observer.until_idle)
 
 
+async def test_a_request_waits_for_a_worker_that_has_not_heard_from_the_engine_yet(tiny_model: str) -> None:
+    """A worker is replaced while the engine serves, but is slow to answer the new one."""
+    with serve(tiny_model, workers=2, fake_tokens_per_second=1000, **FAKE) as server:
+        await until(lambda: len(server.worker_pids) == 2, "both workers are there")
+        engine, before = server.engine_pid, server.worker_pids
+        os.kill(engine, signal.SIGSTOP)
+        os.kill(before[0], signal.SIGKILL)
+        await until(lambda: before[0] not in server.worker_pids, "it is gone")
+        asked: list[asyncio.Task[httpx.Response]] = []
+        async with httpx.AsyncClient(
+            base_url=server.url, timeout=60, limits=httpx.Limits(max_keepalive_connections=0)
+        ) as client:
+            async with asyncio.timeout(60):
+                while not any(held for pid, held in connections(server).items() if pid not in before):
+                    assert not any(request.done() for request in asked), "answered without an engine"
+                    asked.append(asyncio.create_task(client.post("/v1/completions", json={"prompt": "a"})))
+                    await asyncio.sleep(0.2)
+            await asyncio.sleep(1)
+            os.kill(engine, signal.SIGCONT)
+            for answer in await asyncio.gather(*asked):
+                assert answer.status_code == 200, answer.text
+        assert server.engine_pid == engine
+
+
 def connections(server: Server) -> dict[int, list[Any]]:
     """The connections that each worker holds."""
     return {

@@ -17,7 +17,7 @@ from nanovllm_bento.engine.client import OutputBuffer, generate
 from nanovllm_bento.engine.core import EngineCore
 from nanovllm_bento.engine.messages import OutputItem, to_engine_decoder
 from nanovllm_bento.engine.process_client import ProcessEngineClient, prestart_engine
-from nanovllm_bento.engine.processes import start_time, write_whole
+from nanovllm_bento.engine.processes import process_named_by, start_time, write_whole
 from nanovllm_bento.engine.request import resolve_request
 from nanovllm_bento.errors import (
     ConfigError,
@@ -101,10 +101,11 @@ def living():
 
 async def test_tokens_do_not_depend_on_the_process_boundary(tiny, tmp_path, in_process):
     async with connected(engine_config(tiny), tmp_path / "ipc") as client:
-        assert not client.is_ready
+        assert not client.is_ready and not client.is_up
         with pytest.raises(EngineNotReadyError):
             await collect_raw(client)
         await ready(engine_config(tiny), client)
+        assert client.is_up
         got = await asyncio.gather(*(collect(client, str(i), p) for i, p in enumerate(PROMPTS)))
         assert got == in_process
         pid = client._engine_pid
@@ -203,6 +204,27 @@ async def test_an_engine_that_could_not_start_before_the_workers_is_not_started_
         with pytest.raises(EngineDeadError, match="no/such/model"):
             await ready(config, client)
     assert len((folder / "starts").read_text().split()) == 1
+
+
+async def test_an_engine_that_serves_is_seen_before_it_is_heard(tiny, tmp_path):
+    config = engine_config(tiny)
+    async with connected(config, tmp_path / "ipc") as first:
+        late = ProcessEngineClient(config, first.service_config)
+        late._folder = first.folder  # as if its socket had heard nothing yet
+
+        def engine() -> int | None:
+            return process_named_by(first.folder / "engine.pid")
+
+        await wait_for(lambda: engine() is not None, "there is an engine")
+        assert not late.is_up, "it loads the model"
+        await ready(config, first)
+        assert late.is_up and not late.is_ready
+        killed = first._engine_pid
+        os.kill(killed, signal.SIGKILL)
+        await wait_for(lambda: engine() not in (None, killed), "another engine starts")
+        assert not late.is_up
+        await ready(config, first)
+        await wait_for(lambda: late.is_up, "it serves")
 
 
 async def test_a_hung_engine_is_killed_and_replaced(tiny, tmp_path, in_process):

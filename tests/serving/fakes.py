@@ -44,12 +44,14 @@ class FakeEngine:
     """Answers every request with ``reply``, ``tokens_per_step`` tokens at a time, then ends as the real engine would.
 
     hold: requests wait here before their first token. dies_after: tokens after which the engine dies.
+    serves_others: whether it is up while this client has not heard so.
     """
 
     def __init__(self, reply: str | list[int] = "Hello, world!", tokens_per_step: int = 1) -> None:
         self.reply = reply
         self.tokens_per_step = tokens_per_step
         self.is_ready = True
+        self.serves_others = False
         self.failure: str | None = None
         self.hold: asyncio.Event | None = None
         self.dies_after: int | None = None
@@ -81,6 +83,10 @@ class FakeEngine:
     def make_room(self, tokens: int = 10**6) -> None:
         """Raise max_model_len and the cache to so many tokens."""
         self.info = msgspec.structs.replace(self.info, max_model_len=tokens, num_blocks=tokens // 16 + 1)
+
+    @property
+    def is_up(self) -> bool:
+        return self.is_ready or self.serves_others
 
     @property
     def is_responsive(self) -> bool:

@@ -122,6 +122,8 @@ class OpenAIEndpoints:
             body = self._parse(kind, await read_body(receive))
             if self.context.logs_prompts:
                 exchange.prompt = body.prompt_for_logs()
+            if not self.context.is_ready:
+                await until_disconnect(receive, self.context.follow(_deadline(body, exchange)))
             plan = await plan_it(body, exchange)
             if body.stream:
                 await until_disconnect(receive, self._stream(plan, events, include_usage=body.include_usage))
@@ -210,9 +212,6 @@ class OpenAIEndpoints:
         info = self.context.engine.info
         exchange.sampling = sampling
         request_id = prefix + random_hex(12)
-        deadline = None
-        if body.deadline_ms is not None:
-            deadline = time.time() - (time.monotonic() - exchange.arrived) + body.deadline_ms / 1000
         jobs = plan_jobs(
             request_id,
             prompts,
@@ -221,7 +220,7 @@ class OpenAIEndpoints:
             param=param,
             cache_salt=cache_salt,
             priority=exchange.caller.effective_priority(body.priority, info.scheduling_policy),
-            deadline=deadline,
+            deadline=_deadline(body, exchange),
         )
         return Plan(
             request_id,
@@ -337,3 +336,10 @@ class _StreamedAnswer:
                 event += encoder.usage(self.plan.usage(self.num_tokens, self.num_cached))
             event += DONE
         return event
+
+
+def _deadline(body: GenerationRequest, exchange: Exchange) -> float | None:
+    """The time.time() by which the request wants its whole answer."""
+    if body.deadline_ms is None:
+        return None
+    return time.time() - (time.monotonic() - exchange.arrived) + body.deadline_ms / 1000
