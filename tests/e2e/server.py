@@ -160,10 +160,21 @@ def wait_ended(processes: dict[int, str], timeout: float = 30.0) -> list[int]:
 
 
 def kill(processes: dict[int, str]) -> None:
-    """End those of ``processes`` that still run, at once."""
-    for pid in alive(processes):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    """End those of ``processes`` that still run, at once: all are stopped first, or one might see another end."""
+    for sent in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in alive(processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sent)
+        deadline = time.monotonic() + 5.0
+        while not all(map(_is_stopped, alive(processes))) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether none of the process's threads runs any more."""
+    with contextlib.suppress(OSError):
+        return all(_stat(path)[0] in "TtZX" for path in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return True
 
 
 @contextlib.contextmanager

@@ -281,8 +281,7 @@ async def test_a_service_removes_what_dead_ones_have_left_and_nothing_else(tiny_
         common = FAKE | {"runtime_dir": runtime_dir, "fake_tokens_per_second": 50}
         with serve(tiny_model, **common, wait=False) as dead, serve(tiny_model, **common) as other:
             dead.wait_ready()
-            os.kill(dead.engine_pid, signal.SIGSTOP)  # or it might still clear away
-            kill(dead.processes())
+            kill(dead.processes())  # none has time to clear away, or to start another engine, which would
             assert await asyncio.to_thread(wait_ended, dead.processes()) == []
             assert Path(dead.ipc_dir).exists()
             async with streaming(other, [long({"prompt": "a"}, 200)] * 3) as runs:
