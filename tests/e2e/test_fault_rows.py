@@ -20,7 +20,7 @@ from tests.e2e.observer import Observer
 from tests.e2e.scarce_engine import run_out
 from tests.e2e.server import Server, serve, wait_ended
 from tests.e2e.streams import Stream, until
-from tests.e2e.test_faults import BODIES, FAKE, complete, long, streaming
+from tests.e2e.test_faults import BODIES, FAKE, both_answer, complete, long, streaming
 from tests.e2e.test_load import GAUGES, gauges
 from tests.e2e.tiny import MAX_MODEL_LEN, SETTINGS
 
@@ -357,7 +357,7 @@ async def test_a_model_that_has_no_room_is_told_and_not_tried_again(tiny_model: 
 async def test_ctrl_c_drains_as_sigterm_does(tiny_model: str) -> None:
     """A terminal sends it to every process of the group, workers too."""
     with serve(tiny_model, **FAKE, fake_tokens_per_second=50, workers=2) as server:
-        await until(lambda: len(server.worker_pids) == 2, "both workers are there")
+        await both_answer(server)
         processes = server.processes()
         async with streaming(server, [long({"prompt": "a"}, 100)] * 4) as runs:
             os.killpg(server.process.pid, signal.SIGINT)

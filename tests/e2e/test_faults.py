@@ -71,6 +71,28 @@ async def streaming(server: Server, bodies: list[dict[str, Any]]) -> AsyncIterat
         await asyncio.gather(*runs, return_exceptions=True)
 
 
+def connections(server: Server) -> dict[int, list[Any]]:
+    """The connections that each worker holds."""
+    return {
+        pid: [
+            connection
+            for connection in psutil.Process(pid).net_connections("tcp")
+            if connection.status == "ESTABLISHED" and connection.laddr.port == server.port
+        ]
+        for pid in server.worker_pids
+    }
+
+
+async def both_answer(server: Server) -> list[int]:
+    """The pids of its two workers, once each of them has taken a connection: the first may be ready long before."""
+    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(60):
+        while not (len(held := connections(server)) == 2 and all(held.values())):
+            client = await stack.enter_async_context(httpx.AsyncClient(base_url=server.url, timeout=60))
+            await client.get("/livez")
+            await asyncio.sleep(0.05)
+    return list(held)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 async def test_streams_go_on_with_the_same_tokens_when_the_engine_is_lost(
     server: Server, expected: list[str], signum: int
@@ -100,7 +122,7 @@ async def test_streams_go_on_with_the_same_tokens_when_the_engine_is_lost(
 async def test_a_killed_worker_costs_its_own_requests_only(tiny_model: str) -> None:
     """The supervisor is killed: its streams break and are cancelled in the engine, which the other worker adopts."""
     with serve(tiny_model, workers=2, fake_tokens_per_second=100, **FAKE) as server, Observer(server) as observer:
-        await until(lambda: len(server.worker_pids) == 2, "both workers are there")
+        await both_answer(server)
         victim, engine = supervisor(server), server.engine_pid
         assert victim is not None
         streams: list[Stream] = []
@@ -132,8 +154,7 @@ async def test_a_killed_worker_costs_its_own_requests_only(tiny_model: str) -> N
 async def test_a_request_waits_for_a_worker_that_has_not_heard_from_the_engine_yet(tiny_model: str) -> None:
     """A worker is replaced while the engine serves, but is slow to answer the new one."""
     with serve(tiny_model, workers=2, fake_tokens_per_second=1000, **FAKE) as server:
-        await until(lambda: len(server.worker_pids) == 2, "both workers are there")
-        engine, before = server.engine_pid, server.worker_pids
+        engine, before = server.engine_pid, await both_answer(server)
         os.kill(engine, signal.SIGSTOP)
         os.kill(before[0], signal.SIGKILL)
         await until(lambda: before[0] not in server.worker_pids, "it is gone")
@@ -153,22 +174,10 @@ async def test_a_request_waits_for_a_worker_that_has_not_heard_from_the_engine_y
         assert server.engine_pid == engine
 
 
-def connections(server: Server) -> dict[int, list[Any]]:
-    """The connections that each worker holds."""
-    return {
-        pid: [
-            connection
-            for connection in psutil.Process(pid).net_connections("tcp")
-            if connection.status == "ESTABLISHED" and connection.laddr.port == server.port
-        ]
-        for pid in server.worker_pids
-    }
-
-
 async def test_an_engine_that_dies_again_and_again_ends_streams_with_an_error(tiny_model: str) -> None:
     settings = FAKE | {"fake_tokens_per_second": 100, "fake_dies_after": 40, "engine_max_restarts": 2, "workers": 2}
     with serve(tiny_model, **settings) as server:
-        await until(lambda: len(server.worker_pids) == 2, "both workers are there")
+        await both_answer(server)
         streams = [Stream(long({"prompt": "a" * i})) for i in range(1, 13)]
         await asyncio.wait_for(asyncio.gather(*(stream.run(server.url) for stream in streams)), 60)
         started = [stream for stream in streams if stream.status == 200]

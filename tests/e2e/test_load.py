@@ -165,7 +165,7 @@ async def test_a_body_that_is_too_large_is_413_to_clients_that_send_it_whole_bef
 
 async def test_bodies_that_do_not_come_to_their_end_hold_little(tiny_model: str) -> None:
     """60 clients announce 2 MiB, send nearly that, and wait."""
-    settings = FAKE | {"max_body_bytes": 2 * 2**20}
+    settings = FAKE | {"max_body_bytes": 2 * 2**20, "workers": 1}
     with serve(tiny_model, **settings) as server:
         (worker,) = server.worker_pids
         await asyncio.to_thread(httpx.post, server.url + "/v1/completions", content=b"x" * 10**6)
@@ -195,7 +195,7 @@ SLOW_TOKENS = 100_000
 async def test_slow_readers_cost_little_memory_and_nobody_elses_time(tiny_model: str) -> None:
     """What 16 clients do not read would be 300 MB as events; as token ids it is a few."""
     settings = FAKE | {"fake_tokens_per_step": 16, "fake_tokens_per_second": 40_000, "max_model_len": 2 * SLOW_TOKENS}
-    settings |= {"num_gpu_blocks_override": 1 << 20}
+    settings |= {"num_gpu_blocks_override": 1 << 20, "workers": 1}
     with serve(tiny_model, **settings) as server, Observer(server) as observer, contextlib.ExitStack() as stack:
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             assert (await client.post("/v1/completions", json={"prompt": "a", "max_tokens": 100})).status_code == 200

@@ -12,6 +12,7 @@ import pytest
 from tests.e2e.observer import Observer
 from tests.e2e.server import Server, serve
 from tests.e2e.streams import Stream, until
+from tests.e2e.test_faults import both_answer
 from tests.e2e.tiny import SETTINGS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -37,11 +38,6 @@ async def start_stream(server: Server, max_tokens: int = 200) -> tuple[Stream, "
     return stream, run
 
 
-async def two_workers(server: Server) -> list[int]:
-    await until(lambda: len(server.worker_pids) == 2, "both workers are there")
-    return server.worker_pids
-
-
 def exit_code(server: Server) -> int:
     return server.process.wait(timeout=60)
 
@@ -49,7 +45,7 @@ def exit_code(server: Server) -> int:
 @pytest.mark.usefixtures("in_container")
 async def test_a_container_replaces_a_worker_that_dies_and_still_ends_with_0_when_told_to(tiny_model: str) -> None:
     with serve(tiny_model, **FAKE) as server:
-        victim, other = await two_workers(server)
+        victim, other = await both_answer(server)
         engine = server.engine_pid
         streams = [await start_stream(server) for _ in range(4)]
         os.kill(victim, signal.SIGKILL)
@@ -70,7 +66,7 @@ async def test_a_container_replaces_a_worker_that_dies_and_still_ends_with_0_whe
 
 async def test_one_worker_too_many_ends_the_service_with_1_after_what_was_running(tiny_model: str) -> None:
     with serve(tiny_model, worker_max_restarts=0, **FAKE) as server:
-        workers = await two_workers(server)
+        workers = await both_answer(server)
         streams = [await start_stream(server) for _ in range(4)]
         os.kill(workers[0], signal.SIGKILL)
         ended = await asyncio.gather(*(run for _, run in streams))
